@@ -1,0 +1,595 @@
+"""From a JSONL line to a batch: datasets, tokenizer, views, rows.
+
+    load_dataset    (Text, Code) pairs: published files, the embedded NL-RX grammar, or your own JSONL
+    train_bpe       a byte-level BPE vocabulary (arXiv 1508.07909), used through tiktoken
+    render_views    one pair as token ids: the main sequence with its labels, and the two views
+    collate_three   three right-padded batches, for jepa_loss.three_pass
+    collate_fused   one batch of segment trees, for jepa_loss.fused
+    Sampler         which examples make up step s: fixed by (seed, s) alone
+
+    python data.py show nlrx_synth          one rendered example: segments, labels, attention picture
+    python data.py download nlrx_synth      fetch the published files at a pinned commit and check them
+
+Letters: B rows, T tokens in a row, V vocabulary, k predictor tokens, N pairs.
+"""
+import argparse
+import base64
+import hashlib
+import json
+import sys
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import nlrx
+from files import BadInput, atomic, main_guard, read_json, write_text
+from jepa_loss import dense_mask
+
+# ---- datasets --------------------------------------------------------------------------------------------------------
+
+BASE_URL = ("https://raw.githubusercontent.com/galilai-group/llm-jepa/"
+            "6d7d0d1f296441beff39a95c801db7f683e3b353/datasets")
+
+PUBLISHED = {  # dataset -> split -> (file, its git blob id at that commit)
+    "nlrx_synth": {"train": ("synth_train.jsonl", "cbe45f8f9fbb126e09763d5062b01319285ce045"),
+                   "test": ("synth_test.jsonl", "e9a539bf83c933ab8d347d49a067aa527f118853")},
+    "nlrx_turk": {"train": ("turk_train.jsonl", "8ceb7cba7476cc73259d17239be798a98b4ded93"),
+                  "test": ("turk_test.jsonl", "a139f00a37699a9fa4f8e0921f833208932d956b")},
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    text: str
+    code: str
+    where: str = ""  # file:line, for messages
+
+
+@dataclass
+class Dataset:
+    name: str
+    train: list[Example]
+    test: list[Example]
+    source: str  # published | generated | file
+    files: dict[str, str]  # path -> sha256
+    is_regex: bool = False  # Code is an NL-RX regex, so answers can be judged by their language
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """The examples of a JSONL file: `{"text": ..., "code": ...}` or `{"messages": [...]}` lines, where the user's
+    message is the text and the assistant's the code. BadInput names file and line."""
+    path = Path(path)
+    examples = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    examples.append(read_line(line, f"{path}:{number}"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    if not examples:
+        raise BadInput(f"{path}: holds no example")
+    return examples
+
+
+def read_line(line: bytes, where: str) -> Example:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if "messages" in row:
+        turns = row["messages"] if isinstance(row["messages"], list) else [None]
+        if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+            raise BadInput(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
+        said = Counter(turn["role"] for turn in turns)
+        if said["user"] != 1 or said["assistant"] != 1 or said["system"] > 1 or len(said - Counter(
+                ("user", "assistant", "system"))) > 0:
+            raise BadInput(f"{where}: needs one user and one assistant message (and at most one system message)")
+        content = {turn["role"]: turn.get("content") for turn in turns}
+        text, code = content["user"], content["assistant"]
+    else:
+        text, code = row.get("text"), row.get("code")
+    for name, value in (("text", text), ("code", code)):
+        if not isinstance(value, str) or not value:
+            raise BadInput(f'{where}: {name} must be a non-empty string; a line is {{"text": ..., "code": ...}} '
+                           'or {"messages": [user, assistant]}')
+        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
+    return Example(text, code, where)
+
+
+def git_blob_id(content: bytes) -> str:
+    """What `git hash-object` prints."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def download(name: str, data_dir: str | Path, base_url: str = BASE_URL) -> None:
+    """Fetch the published files of a dataset into data_dir; a file is there whole and checked, or not at all."""
+    data_dir = Path(data_dir)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for file_name, blob_id in PUBLISHED[name].values():
+        path, url = data_dir / file_name, f"{base_url.rstrip('/')}/{file_name}"
+        if path.exists() and git_blob_id(path.read_bytes()) == blob_id:
+            print(f"{path}: already here")
+            continue
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                size = int(reply.headers.get("Content-Length") or 0) or None
+                chunks = []
+                with tqdm(total=size, unit="B", unit_scale=True, desc=file_name) as bar:
+                    while chunk := reply.read(1 << 16):
+                        chunks.append(chunk)
+                        bar.update(len(chunk))
+        except (OSError, ValueError) as error:  # URLError is an OSError
+            raise BadInput(f"{url}: {error}") from None
+        content = b"".join(chunks)
+        if git_blob_id(content) != blob_id:
+            raise BadInput(f"{url}: {len(content)} bytes that are not the published file (its git blob id is {blob_id})"
+                           "; nothing was written, try again")
+        with atomic(path) as temporary:
+            temporary.write_bytes(content)
+        print(f"{path}: {len(content)} bytes, checked")
+
+
+def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> tuple[Path, Path]:
+    """The embedded nlrx_synth: distinct pairs from the grammar, seed 0, cached under data_dir. The cache carries the
+    first digits of nlrx.py's own sum, so that a changed grammar writes new files."""
+    version = hashlib.sha256(Path(nlrx.__file__).read_bytes()).hexdigest()[:8]
+    paths = tuple(data_dir / f"generated_{version}_{split}.jsonl" for split in ("train", "test"))
+    if not all(path.exists() for path in paths):
+        pairs = nlrx.generate(n_train + n_test, seed=0)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        for path, part in zip(paths, (pairs[:n_train], pairs[n_train:]), strict=True):
+            write_text(path, "".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in part))
+    return paths
+
+
+def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
+                 eval_split: str = "test") -> Dataset:
+    """The train and test pairs of a published dataset or of your own files.
+
+    name        a key of PUBLISHED, or the path of a JSONL file, with test_file beside it
+    n_train     use the first n_train training examples; 0: all
+    eval_split  "valid": the last tenth of train is held out and stands in for the test split, which is not read
+    """
+    data_dir, is_regex = Path(data_dir), name in PUBLISHED
+    if name in PUBLISHED:
+        paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
+        source = "published"
+        for split, path in paths.items():
+            if path.exists() and git_blob_id(path.read_bytes()) != PUBLISHED[name][split][1]:
+                raise BadInput(f"{path}: not the published file; move it away and run `python data.py download {name}`")
+        missing = [path for path in paths.values() if not path.exists()]
+        if missing and name == "nlrx_synth" and len(missing) == len(paths):
+            paths, source = dict(zip(paths, generated_files(data_dir), strict=True)), "generated"
+        elif missing:
+            raise BadInput(f"{missing[0]}: no such file; run `python data.py download {name} --data_dir {data_dir}`")
+    elif name.endswith(".jsonl"):
+        paths, source = {"train": Path(name), "test": Path(test_file)}, "file"
+    else:
+        raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}) and not a .jsonl file")
+    train = read_jsonl(paths["train"])
+    files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values() if path.is_file()}
+    if eval_split == "valid":
+        cut = len(train) - len(train) // 10
+        train, test = train[:cut], train[cut:]
+        if not test:
+            raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
+    else:
+        test = read_jsonl(paths["test"])
+    if n_train > len(train):
+        raise BadInput(f"--n_train {n_train}: {paths['train']} has only {len(train)} training examples")
+    return Dataset(name, train[:n_train] if n_train else train, test, source, files, is_regex)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+# What may merge decides what the model sees as one thing. Every punctuation mark stands alone: a vocabulary that merges
+# runs of them has tokens like `)&(`, which tie unrelated brackets together and cost 5 points of exact match.
+PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
+
+
+def merge(ids: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, ...]:
+    """Replace every occurrence of the pair, from the left: merge((1, 2, 1, 2, 2), (1, 2), 9) is (9, 9, 2)."""
+    merged, i = [], 0
+    while i < len(ids):
+        if ids[i:i + 2] == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return tuple(merged)
+
+
+def train_bpe(texts: list[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
+    """Byte-level BPE: from 256 bytes, again and again the most frequent neighbours inside a piece become one token.
+
+    Returns tiktoken's mergeable ranks, at most vocab_size of them (fewer where nothing is left to merge). Pieces are
+    what the pattern cuts; ties go to the pair of lowest ids.
+    """
+    pieces = Counter(piece for text in texts for piece in regex.findall(pattern, text))
+    words = {tuple(piece.encode("utf-8")): count for piece, count in pieces.items()}
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for ids, count in words.items():
+            for pair in pairwise(ids):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        merged = Counter()
+        for ids, count in words.items():
+            merged[merge(ids, best, len(tokens) - 1)] += count
+        words = merged
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+class Tokenizer:
+    """A tiktoken.Encoding of our own ranks, with the three special tokens of the plain format behind them."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing:  # tiktoken would panic at the first such byte
+            raise BadInput(f"tokenizer: the vocabulary lacks the bytes {missing[:8]}; it is not byte-level")
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise BadInput(f"tokenizer: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
+        self.ranks, self.pattern = ranks, pattern
+        self.begin, self.sep, self.end = range(len(ranks), len(ranks) + 3)
+        self.vocab_size = len(ranks) + 3
+        special = {"<|begin|>": self.begin, "<|sep|>": self.sep, "<|end|>": self.end}
+        self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; "<|end|>" in it is seven characters, never the special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+    def name(self, token: int) -> str:
+        """One token, readable: predictor tokens and a blank for the space included."""
+        if token >= self.vocab_size:
+            return f"[PRED{token - self.vocab_size + 1}]"
+        return self.decode([token]).replace(" ", "_")
+
+    def save(self, folder: str | Path) -> None:
+        """tokenizer.model in tiktoken's format (base64 of the token, its rank) and the pattern in a JSON file."""
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
+        write_text(Path(folder) / "tokenizer.model", "".join(lines))
+        write_text(Path(folder) / "tokenizer_config.json", json.dumps({"pattern": self.pattern}) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read here, not by tiktoken, whose loader caches a file by its path. BadInput names file and line."""
+        path = Path(folder) / "tokenizer.model"
+        ranks = {}
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such file") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise BadInput(f"{path}:{number}: expected `base64-token rank`") from None
+        pattern = read_json(path.with_name("tokenizer_config.json")).get("pattern")
+        if not isinstance(pattern, str):
+            raise BadInput(f"{path.with_name('tokenizer_config.json')}: no pattern")
+        return cls(ranks, pattern)
+
+
+# ---- one example: views ----------------------------------------------------------------------------------------------
+
+@dataclass
+class Views:
+    """One pair as token ids; the embedding of a view is the hidden state of its last token."""
+    main: list[int]  # <|begin|> TEXT <|sep|> CODE <|end|>
+    labels: list[int]  # labels[i]: the id that main[i] must predict, or -100
+    stem: list[int]  # the view that predicts, without a [PRED] behind it: <|begin|> TEXT
+    preds: list[int]  # the [PRED] tokens that continue it; empty with pred_first, which has them in the stem
+    enc: list[int]  # the view that is predicted: <|begin|> CODE
+
+
+def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str = "all", train_eos: bool = True,
+                 pred_first: bool = False, reverse: bool = False) -> Views:
+    """The plain format.
+
+    k           predictor tokens; 0: Pred is the identity
+    ntp_on      "all": every token after the first is a target; "code": only CODE and <|end|>
+    train_eos   False: <|end|> is no target (the official code's labels, an ablation)
+    pred_first  [PRED] in front of TEXT; pred is picked at TEXT's last token (an ablation)
+    reverse     Code predicts Text (an ablation)
+    """
+    text = [tokenizer.begin, *tokenizer.encode(example.text)]
+    code = tokenizer.encode(example.code)
+    main = [*text, tokenizer.sep, *code, tokenizer.end]
+    labels = [*main[1:], -100]
+    if ntp_on == "code":
+        labels[:len(text)] = [-100] * len(text)  # the last of these would predict <|sep|>
+    if not train_eos:
+        labels[-2] = -100
+    stem, enc = text, [tokenizer.begin, *code]
+    if reverse:
+        stem, enc = enc, stem
+    preds = [tokenizer.vocab_size + i for i in range(k)]
+    if pred_first:
+        stem, preds = [stem[0], *preds, *stem[1:]], []
+    return Views(main, labels, stem, preds, enc)
+
+
+def render_all(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
+               **options) -> list[Views]:
+    """render_views of each. One that is longer than max_seq_len: BadInput, or dropped and counted (on_long="drop")."""
+    rendered = []
+    for example in examples:
+        views = render_views(example, tokenizer, **options)
+        longest = max(len(views.main), len(views.stem) + len(views.preds), len(views.enc))
+        if longest <= max_seq_len:
+            rendered.append(views)
+        elif on_long == "error":
+            raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
+                           "shorten it or pass --on_long drop")
+    if not rendered:
+        raise BadInput(f"every example is longer than the model's context of {max_seq_len} tokens")
+    if len(rendered) < len(examples):
+        print(f"dropped {len(examples) - len(rendered)} of {len(examples)} examples: longer than {max_seq_len} tokens")
+    return rendered
+
+
+# ---- many examples: batches ------------------------------------------------------------------------------------------
+
+class Batch:
+    def to(self, device: torch.device):
+        """The same batch with its tensors on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+
+
+@dataclass
+class ThreePassBatch(Batch):
+    """Three plain batches; the *_at are flat: row * T + column of the last token of each view."""
+    ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T)
+    pred_ids: Tensor | None  # (N, T'); None: no views
+    pred_at: Tensor | None  # (N,)
+    enc_ids: Tensor | None  # (N, T'')
+    enc_at: Tensor | None  # (N,)
+    n_tokens: int  # labels other than -100
+    n_pairs: int  # examples, those without views included
+
+
+@dataclass
+class FusedBatch(Batch):
+    """Rows of segments, see jepa_loss.py; the *_at are flat: row * T + column."""
+    ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    segment: Tensor | None  # (B, T), unique numbers in a row; None: every row is one segment and its pads
+    parent: Tensor | None  # (B, T)
+    pred_at: Tensor | None  # (N,); None: no views
+    enc_at: Tensor | None  # (N,)
+    n_tokens: int
+    n_pairs: int
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """(B, longest), filled up on the right."""
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for row, ids in zip(out, rows, strict=True):
+        row[:len(ids)] = ids
+    return torch.from_numpy(out)
+
+
+def count_labels(labels: Tensor) -> int:
+    return int((labels != -100).sum())
+
+
+def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
+    """keep[i]: whether example i has views; loss dropout and lam = 0 take them away. Pads are 0: causal attention and
+    labels keep them out, whatever their id."""
+    labels = pad([v.labels for v in examples], -100)
+    kept = [v for v, kept in zip(examples, keep, strict=True) if kept]
+    views = {}
+    for name, rows in (("pred", [v.stem + v.preds for v in kept]), ("enc", [v.enc for v in kept])):
+        ids = pad(rows, 0) if kept else None
+        views[f"{name}_ids"] = ids
+        views[f"{name}_at"] = torch.tensor([b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]) if kept else None
+    return ThreePassBatch(pad([v.main for v in examples], 0), labels, **views,
+                          n_tokens=count_labels(labels), n_pairs=len(examples))
+
+
+@dataclass
+class Tree:
+    """One example as a row of segments, numbered from 0."""
+    ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    segment: list[int]
+    parent: list[int]
+    pred_at: int | None = None
+    enc_at: int | None = None
+
+
+def lay_out(views: Views, keep: bool = True) -> Tree:
+    """Main first, then what the two views add to it. A view that is a prefix of main costs nothing: main is cut behind
+    it, and [PRED] becomes a second branch there; any other view is a root segment of its own."""
+    tree = Tree([], list(views.labels), [], [], [])
+
+    def add(ids: list[int], parent: int | None = None, position: int = 0) -> int:
+        """Append a segment, a root if it has no parent; return its number."""
+        number = tree.segment[-1] + 1 if tree.segment else 0
+        tree.ids += ids
+        tree.positions += range(position, position + len(ids))
+        tree.segment += [number] * len(ids)
+        tree.parent += [number if parent is None else parent] * len(ids)
+        return number
+
+    if not keep:
+        add(views.main)
+        return tree
+    shared = views.stem == views.main[:len(views.stem)]
+    if shared and views.preds:
+        stem = add(views.stem)
+        add(views.main[len(views.stem):], stem, len(views.stem))
+    else:
+        stem = add(views.main)
+    if not shared:
+        stem = add(views.stem)
+    if views.preds:
+        add(views.preds, stem, len(views.stem))
+    tree.pred_at = len(views.stem) - 1 if shared and not views.preds else len(tree.ids) - 1
+    if views.enc == views.main[:len(views.enc)]:
+        tree.enc_at = len(views.enc) - 1
+    else:
+        add(views.enc)
+        tree.enc_at = len(tree.ids) - 1
+    tree.labels += [-100] * (len(tree.ids) - len(tree.labels))
+    return tree
+
+
+def pack(lengths: list[int], row_len: int) -> list[list[int]]:
+    """Rows of example numbers, each of at most row_len tokens: longest first, each into the first row with room."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(row_len, lengths[i]))
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> FusedBatch:
+    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: whether example i has views."""
+    trees = [lay_out(views, kept) for views, kept in zip(examples, keep, strict=True)]
+    lengths = [len(tree.ids) for tree in trees]
+    rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
+    B, T = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    ids, positions = np.zeros((2, B, T), dtype=np.int64)
+    labels = np.full((B, T), -100)
+    segment = np.tile(np.arange(T), (B, 1))  # a pad's segment is its column: no other token's, since a row with n tokens
+    parent = segment.copy()  # before it has at most n segments
+    pred_at, enc_at = [], []
+    for b, row in enumerate(rows):
+        start = first = 0  # token, segment
+        for i in row:
+            tree, end = trees[i], start + lengths[i]
+            ids[b, start:end], labels[b, start:end], positions[b, start:end] = tree.ids, tree.labels, tree.positions
+            segment[b, start:end] = np.add(tree.segment, first)
+            parent[b, start:end] = np.add(tree.parent, first)
+            if tree.pred_at is not None:
+                pred_at.append(b * T + start + tree.pred_at)
+                enc_at.append(b * T + start + tree.enc_at)
+            start, first = end, first + tree.segment[-1] + 1
+    tensors = [torch.from_numpy(x) for x in (ids, labels, positions, segment, parent)]
+    if not row_len and not any(keep):
+        tensors[3:] = None, None
+    at = [torch.tensor(x) if x else None for x in (pred_at, enc_at)]
+    return FusedBatch(*tensors, *at, n_tokens=count_labels(tensors[1]), n_pairs=len(examples))
+
+
+class Sampler:
+    """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16 batches, each
+    pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
+
+    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), 16 * self.batch_size):
+            pool = order[start:start + 16 * self.batch_size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def indices(self, step: int) -> np.ndarray:
+        """Example numbers of step 0, 1, ..., sorted by length; an epoch's last pool may end in a smaller batch."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.epoch_batches(epoch)[i]
+
+
+def loss_dropout(n: int, alpha: float, seed: int, step: int) -> list[bool]:
+    """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the others do
+    (the paper's LD, but per example and not per batch). The generator belongs to (seed, step) alone."""
+    return (np.random.default_rng([seed, step, 1]).random(n) >= alpha).tolist()
+
+
+# ---- a look at it ----------------------------------------------------------------------------------------------------
+
+def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool = False) -> str:
+    """One row of a fused batch as text: token, segment, parent, position, label, and the keys that it sees (#)."""
+    names = [tokenizer.name(token) for token in batch.ids[row].tolist()]
+    T, width = len(names), max(map(len, names))
+    segment = torch.zeros(1, T, dtype=torch.long) if batch.segment is None else batch.segment[row, None]
+    parent = segment if batch.segment is None else batch.parent[row, None]
+    mask = dense_mask(segment, parent)[0, 0]
+    flat = {"pred": batch.pred_at, "enc": batch.enc_at}
+    picked = {name: set() if at is None else set(at.tolist()) for name, at in flat.items()}
+    lines = [f"{'token':{width}} seg par pos {'label':{width}} sees"]
+    for i, name in enumerate(names):
+        label = batch.labels[row, i].item()
+        line = (f"{name:{width}} {segment[0, i]:3} {parent[0, i]:3} {batch.positions[row, i]:3} "
+                f"{'' if label == -100 else tokenizer.name(label):{width}} "
+                + "".join("#" if mask[i, j] else "." for j in range(T)))
+        line += "".join(f" <- {kind}" for kind, at in picked.items() if row * T + i in at)
+        lines.append(f"\033[3{1 + segment[0, i].item() % 6}m{line}\033[0m" if colour else line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fetch a published dataset, or look at one rendered example.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    get = commands.add_parser("download", help="fetch the published files and check them")
+    get.add_argument("name", choices=PUBLISHED)
+    get.add_argument("--base_url", default=BASE_URL, help="a mirror of the same files")
+    show = commands.add_parser("show", help="print one rendered example: segments, labels, attention picture")
+    show.add_argument("name", help="a dataset or a .jsonl file")
+    show.add_argument("--index", type=int, default=0, help="which training example")
+    show.add_argument("--vocab_size", type=int, default=512)
+    show.add_argument("--k", type=int, default=1, help="predictor tokens")
+    show.add_argument("--ntp_on", choices=("all", "code"), default="all")
+    show.add_argument("--train_eos", action=argparse.BooleanOptionalAction, default=True)
+    show.add_argument("--pred_first", action="store_true")
+    show.add_argument("--reverse", action="store_true")
+    for command in (get, show):
+        command.add_argument("--data_dir", default="data")
+    args = parser.parse_args()
+    if args.command == "download":
+        return download(args.name, args.data_dir, args.base_url)
+    data = load_dataset(args.name, args.data_dir, eval_split="valid")
+    if not 0 <= args.index < len(data.train):
+        raise BadInput(f"--index {args.index}: there are {len(data.train)} training examples")
+    tokenizer = Tokenizer(train_bpe([t for e in data.train for t in (e.text, e.code)], args.vocab_size))
+    example = data.train[args.index]
+    views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first, args.reverse)
+    print(f"{example.where} ({data.source})\ntext: {example.text}\ncode: {example.code}\n")
+    print(picture(collate_fused([views], [True]), tokenizer, colour=sys.stdout.isatty()))
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main()

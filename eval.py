@@ -1,0 +1,235 @@
+"""Answers and what they are worth.
+
+    python eval.py RUN                      score a finished run again: prints a table, writes RUN/eval.json
+    python eval.py RUN --prompt "lines ..." answer one text
+    python eval.py RUN_A RUN_B              several runs, one row each
+
+Decoding is greedy, in batches, with a key-value cache, in float32 whatever the training ran in. Scores:
+
+    exact         the answer is the target, character by character
+    prefix        it starts with the target: what the paper counts in pretraining, blind to a model that never stops
+    stopped       it ended by itself, with <|end|>
+    exact_unseen  exact, over the test pairs that do not stand in train as they are
+    dfa_equal     (regexes) it describes the same set of strings; what does not parse is wrong, and so is what could not
+                  be decided within bounds (counted as dfa_undecided)
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import nlrx
+from data import Dataset, Example, Tokenizer, collate_three, load_dataset, render_all
+from files import BadInput, main_guard, read_json, write_text
+from jepa_loss import collapse_report, pick
+from model import KVCache, Transformer
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    ids: list[int]  # the end token not included
+    stopped: bool  # the end token came before the limit
+
+
+@torch.inference_mode()
+def generate_slow(model: Transformer, prompt: list[int], end: int, max_new_tokens: int) -> Answer:
+    """Greedy decoding as one would write it first: every token costs a pass over all before it."""
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        hidden = model(torch.tensor([ids], device=model.device))  # (1, T, C)
+        token = model.head(hidden[0, -1]).argmax().item()
+        if token == end:
+            return Answer(ids[len(prompt):], True)
+        ids.append(token)
+    return Answer(ids[len(prompt):], False)
+
+
+@torch.inference_mode()
+def generate(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int,
+             batch_size: int = 256) -> list[Answer]:
+    """The same answers, in batches of prompts of similar length and with a cache. Answers stop at the model's context."""
+    answers: list[Answer | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start:start + batch_size]
+        for i, answer in zip(chunk, generate_batch(model, [prompts[i] for i in chunk], end, max_new_tokens), strict=True):
+            answers[i] = answer
+    return answers
+
+
+def generate_batch(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int) -> list[Answer]:
+    """Prompts are padded on the left, so that all rows grow at the same column; a pad is seen by nobody but itself."""
+    device, width = model.device, max(map(len, prompts))
+    max_new_tokens = min(max_new_tokens, model.config.max_seq_len - width)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
+    first = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]  # (B, 1) column of the first token
+    column = torch.arange(width + max_new_tokens, device=device)
+    cache = KVCache(model.config, len(prompts), width + max_new_tokens, device, model.embed_tokens.weight.dtype)
+    i, j = column[:width, None], column[:width]
+    mask = ((j <= i) & (j >= first[..., None])) | (i == j)  # (B, T, T)
+    hidden = model(ids, (column[:width] - first).clamp(min=0), mask[:, None], cache)
+    written, stopped = [[] for _ in prompts], [False] * len(prompts)
+    rows = list(range(len(prompts)))  # rows[r]: the prompt that row r of the cache answers
+    for step in range(max_new_tokens):
+        tokens = model.head(hidden[:, -1]).argmax(-1)  # (B,)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if token == end:
+                stopped[row] = True
+            elif not stopped[row]:
+                written[row].append(token)
+        going = [r for r, row in enumerate(rows) if not stopped[row]]
+        if not going or step + 1 == max_new_tokens:
+            break
+        if 2 * len(going) < len(rows):  # finished rows cost as much as others: drop them now and then
+            keep = torch.tensor(going, device=device)
+            rows, tokens, first = [rows[r] for r in going], tokens[keep], first[keep]
+            cache.keep(keep)
+        now = width + step
+        mask = column[:now + 1] >= first  # (B, S)
+        hidden = model(tokens[:, None], now - first, mask[:, None, None], cache)
+    return [Answer(w, s) for w, s in zip(written, stopped, strict=True)]
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+def same_language(answer: str, target: str) -> bool | None:
+    """Do two regexes describe the same strings? An answer that does not parse: False; undecided: None."""
+    try:
+        return nlrx.equal(answer, target).equal
+    except ValueError:
+        return False
+
+
+def score(examples: list[Example], answers: list[str], stopped: list[bool], seen: set[tuple[str, str]],
+          is_regex: bool = False) -> dict[str, float]:
+    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the training pairs."""
+    n = len(examples)
+    exact = [answer == e.code for e, answer in zip(examples, answers, strict=True)]
+    unseen = [hit for e, hit in zip(examples, exact, strict=True) if (e.text, e.code) not in seen]
+    scores = {"exact": sum(exact) / n,
+              "prefix": sum(answer.startswith(e.code) for e, answer in zip(examples, answers, strict=True)) / n,
+              "stopped": sum(stopped) / n,
+              "exact_unseen": sum(unseen) / len(unseen) if unseen else math.nan}
+    if is_regex:
+        same = [same_language(answer, e.code) for e, answer in zip(examples, answers, strict=True)]
+        scores |= {"dfa_equal": same.count(True) / n, "dfa_undecided": same.count(None)}
+    return scores
+
+
+@torch.inference_mode()
+def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example], **view_options) -> tuple[Tensor, Tensor]:
+    """pred and enc of every example, each (N, C), from the passes of jepa_loss.three_pass."""
+    views = render_all(examples, tokenizer, model.config.max_seq_len, **view_options)
+    batch = collate_three(views, [True] * len(views)).to(model.device)
+    return pick(model(batch.pred_ids), batch.pred_at), pick(model(batch.enc_ids), batch.enc_at)
+
+
+def answer_texts(model: Transformer, tokenizer: Tokenizer, texts: list[str], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """(answer, ended by itself) for each text, in the plain format."""
+    prompts = [[tokenizer.begin, *tokenizer.encode(text), tokenizer.sep] for text in texts]
+    longest = max(map(len, prompts))
+    if longest >= model.config.max_seq_len:
+        raise BadInput(f"a prompt of {longest} tokens leaves no room in the model's context of {model.config.max_seq_len}")
+    answers = generate(model, prompts, tokenizer.end, max_new_tokens)
+    return [(tokenizer.decode(answer.ids), answer.stopped) for answer in answers]
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_options: dict, max_new_tokens: int,
+             n: int | None = None) -> tuple[dict[str, float], list[str]]:
+    """Scores and collapse report on the first n test examples (None: all), and the answers."""
+    began = time.perf_counter()
+    model.eval()
+    test = data.test[:n]
+    answers, stopped = zip(*answer_texts(model, tokenizer, [e.text for e in test], max_new_tokens), strict=True)
+    result = score(test, answers, stopped, {(e.text, e.code) for e in data.train}, data.is_regex)
+    sample = test[:512]
+    if len(sample) > 1:
+        targets = [e.text if view_options["reverse"] else e.code for e in sample]
+        result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
+    model.train()
+    return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
+                     "dataset": data.name, "source": data.source}, list(answers)
+
+
+def default_max_new_tokens(tokenizer: Tokenizer, train: list[Example]) -> int:
+    """1.5 times the longest training answer."""
+    return math.ceil(1.5 * max(len(tokenizer.encode(e.code)) for e in train))
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "cos_paired", "cos_shuffled", "retrieval_at_1", "n")
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown: a row per run; shares in percent, cosines as they are."""
+    def cell(result: dict, column: str) -> str:
+        value = result.get(column)
+        if value is None:
+            return "-"
+        if column == "n":
+            return str(value)
+        return f"{value:.4f}" if column.startswith("cos") else f"{100 * value:.2f}"
+    rows = [("run", *COLUMNS), *((name, *(cell(r, c) for c in COLUMNS)) for name, r in results.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
+
+
+def load_run(folder: str | Path) -> tuple[dict, Transformer, Tokenizer]:
+    """Settings, model and tokenizer of a run folder whose training is finished."""
+    folder = Path(folder)
+    settings = read_json(folder / "run.json").get("config")
+    if not isinstance(settings, dict):
+        raise BadInput(f"{folder / 'run.json'}: no settings; not a run folder of train.py")
+    if not (folder / "model.safetensors").exists():
+        raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
+    return settings, Transformer.from_pretrained(folder), Tokenizer.load(folder)
+
+
+def score_run(folder: str | Path, data_dir: str | None, other_source: bool, max_new_tokens: int | None) -> dict:
+    """Score a run on its own test split, or, if the caller insists, on that of another source; write the JSON file."""
+    run = read_json(Path(folder) / "run.json")
+    s, model, tokenizer = load_run(folder)
+    data = load_dataset(s["dataset"], data_dir or s["data_dir"], s["test_file"], s["n_train"], s["eval_split"])
+    if data.source != run["source"] and not other_source:
+        raise BadInput(f"{folder}: trained on {run['source']} data, but {data_dir or s['data_dir']} holds {data.source} "
+                       "data; pass --other_source if that is what you want to know")
+    limit = max_new_tokens or s["max_new_tokens"] or default_max_new_tokens(tokenizer, data.train)
+    result, _ = evaluate(model, tokenizer, data, {name: s[name] for name in VIEW_OPTIONS}, limit)
+    name = "eval.json" if data.source == run["source"] else f"eval_on_{data.source}.json"
+    write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score runs of train.py, or answer one text.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
+    parser.add_argument("--other_source", action="store_true",
+                        help="score a run trained on generated data on published data, or the reverse")
+    parser.add_argument("--prompt", help="answer this text instead of scoring")
+    parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
+    args = parser.parse_args()
+    if args.prompt is not None:
+        for run in args.runs:
+            _, model, tokenizer = load_run(run)
+            (answer, stopped), = answer_texts(model, tokenizer, [args.prompt], args.max_new_tokens or 256)
+            print(answer if stopped else answer + " ... (did not stop)")
+        return
+    print(table({run: score_run(run, args.data_dir, args.other_source, args.max_new_tokens) for run in args.runs}))
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main()

@@ -1,0 +1,63 @@
+"""Faults in one place: what a user did wrong, and how a file is written.
+
+Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line that names it
+and says what to do; `main_guard` prints that line and exits with status 2. Every file is written through `atomic`:
+a reader sees the old file or the new one, never a half.
+"""
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """The user's mistake; the message is one line that names it and says what to do."""
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path):
+    """Yield a temporary path beside `path`; it becomes `path` when the block ends, and vanishes when it raises.
+
+    The temporary name is fixed, so what a killed process left behind is overwritten by the next one.
+    Raises OSError (full disk, read-only folder); `path` is untouched then.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or the rename could reach the disk before the content does
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a file; BadInput names the file if it is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def main_guard():
+    """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status 2."""
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,328 @@
+"""The transformer: Llama (arXiv 2302.13971), the same function as `transformers.LlamaForCausalLM`, in one file.
+
+Tensor names are those of a Hugging Face Llama checkpoint, so loading and saving need no table. But:
+- `forward` returns hidden states, not logits: LLM-JEPA needs the hidden states of all views and the logits of few positions;
+- `positions` and `mask` come from the caller: in the fused pass a row is a tree of segments, not a line;
+- predictor tokens [PRED] are no vocabulary entries: ids V .. V+k-1 read rows of `pred_embedding`, so the head cannot
+  emit them and an exported checkpoint has the vocabulary of its base model.
+
+Letters: B rows, T tokens in a row, S keys (cached ones included), C width, H heads, K key-value heads, D head width,
+V vocabulary, k predictor tokens.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from files import BadInput, atomic, read_json, write_text
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model; the comment is the field's name in config.json."""
+    vocab_size: int  # vocab_size
+    dim: int = 256  # hidden_size
+    n_layers: int = 4  # num_hidden_layers
+    n_heads: int = 4  # num_attention_heads
+    n_kv_heads: int = 4  # num_key_value_heads
+    head_dim: int = 64  # head_dim
+    ffn_dim: int = 704  # intermediate_size
+    max_seq_len: int = 512  # max_position_embeddings
+    rope_theta: float = 10000.0  # rope_theta
+    rope_scaling: dict | None = None  # rope_scaling, of rope_type llama3
+    norm_eps: float = 1e-5  # rms_norm_eps
+    tie_embeddings: bool = True  # tie_word_embeddings
+
+
+HF_NAMES = dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+                n_kv_heads="num_key_value_heads", head_dim="head_dim", ffn_dim="intermediate_size",
+                max_seq_len="max_position_embeddings", rope_theta="rope_theta", rope_scaling="rope_scaling",
+                norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
+
+PRESETS = {
+    "nano": dict(),  # the defaults above: about 3.5 M parameters
+    "llama-3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192, max_seq_len=131072,
+                         rope_theta=500000.0, tie_embeddings=True,
+                         rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                           original_max_position_embeddings=8192)),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 at least (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians per position, (D/2,). With Llama 3.1's scaling, wavelengths beyond the original context are stretched by
+    `factor`, short ones stay, and those between are interpolated."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    s = config.rope_scaling
+    rotations = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
+    keep = (rotations - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    keep = keep.clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / s["factor"]
+
+
+def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (B, 1, T, D/2), for `rotate`."""
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (B, H, T, D), in the half-split convention of Hugging Face checkpoints:
+    component d is paired with d + D/2, not with its neighbour."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: `length` of `capacity` places are filled, in every row alike."""
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (rows, config.n_kv_heads, capacity, config.head_dim)
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(config.n_layers)]
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Store k, v (B, K, T, D) behind the others and return all, each (B, K, S, D)."""
+        end = self.length + k.shape[2]
+        for store, new in zip(self.layers[layer], (k, v), strict=True):
+            store[:, :, self.length:end] = new
+        return [store[:, :, :end] for store in self.layers[layer]]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these (indices)."""
+        self.layers = [[store[rows] for store in layer] for layer in self.layers]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        C, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer, self.head_dim, self.grouped = layer, D, H != K
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """`model(ids, positions, mask)` gives hidden states after the final norm, `model.head(hidden)` logits.
+
+    Weights depend on (config, seed) alone; the k rows of `pred_embedding` come from a generator of their own, so that
+    k changes no other weight.
+    """
+
+    def __init__(self, config: ModelConfig, k: int = 0, seed: int = 0):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # no memory, no random numbers: init_weights or a checkpoint fills them
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+            self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            if not config.tie_embeddings:
+                self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.to_empty(device="cpu")
+        self.init_weights(seed)
+        self.add_predictors(k, seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal with deviation 0.02; the two matrices of a block that write to the residual stream are scaled down by
+        the root of their number, as in GPT-2, so that its variance does not grow with depth."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
+                weight.normal_(0.0, std, generator=generator)
+
+    def add_predictors(self, k: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed + 1)
+        rows = torch.empty(k, self.config.dim).normal_(0.0, 0.02, generator=generator)
+        self.pred_embedding = nn.Parameter(rows) if k else None  # (k, C)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C); ids from V on are predictor tokens."""
+        if self.pred_embedding is None:
+            return self.embed_tokens(ids)
+        V = self.config.vocab_size
+        words = self.embed_tokens(ids.clamp(max=V - 1))
+        preds = F.embedding((ids - V).clamp(min=0), self.pred_embedding)
+        return torch.where((ids >= V)[..., None], preds, words)
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final norm.
+
+        ids        (B, T) token ids; ids V .. V+k-1 are predictor tokens
+        positions  (B, T) rotary positions; None: 0 .. T-1 in every row
+        mask       (B, 1, T, S) boolean, True where query i sees key j; None: causal
+        cache      holds S - T earlier tokens and takes these T; it wants positions and a mask
+        """
+        if cache is not None and (mask is None or positions is None):
+            raise ValueError("with a cache, positions and mask must be given: the model cannot guess them")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        rope = rope_table(self.config, positions)
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> logits (..., V)."""
+        return F.linear(hidden, self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def n_params(self) -> int:
+        return sum(weight.numel() for weight in self.parameters())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors as Hugging Face has them, and pred_embedding.safetensors if k > 0."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in self.named_parameters()}
+        pred = tensors.pop("model.pred_embedding", None)
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        write_text(folder / "config.json", json.dumps(hf_config(self.config, dtype), indent=2) + "\n")
+        save_tensors(folder / "model.safetensors", tensors)
+        if pred is not None:
+            save_tensors(folder / "pred_embedding.safetensors", {"pred_embedding": pred})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Transformer":
+        """The model that `save_pretrained` wrote. BadInput names a missing, extra or misshapen tensor."""
+        folder = Path(folder)
+        model = cls(config_from_hf(folder / "config.json"))
+        pred_file = folder / "pred_embedding.safetensors"
+        if pred_file.exists():
+            pred = load_tensors(pred_file).get("pred_embedding")
+            if pred is None or pred.dim() != 2 or pred.shape[1] != model.config.dim:
+                raise BadInput(f"{pred_file}: expected one tensor pred_embedding of shape (k, {model.config.dim})")
+            model.pred_embedding = nn.Parameter(pred)
+        path = folder / "model.safetensors"
+        tensors = load_tensors(path)
+        for name, weight in model.named_parameters():
+            if name == "pred_embedding":
+                continue
+            tensor = tensors.pop(hf_name(name), None)
+            if tensor is None:
+                raise BadInput(f"{path}: tensor {hf_name(name)} is missing; is config.json that of another model?")
+            if tensor.shape != weight.shape:
+                raise BadInput(f"{path}: tensor {hf_name(name)} has shape {tuple(tensor.shape)}, "
+                               f"config.json asks for {tuple(weight.shape)}")
+            weight.data = tensor
+        if tensors:
+            raise BadInput(f"{path}: unknown tensor {min(tensors)}; is config.json that of another model?")
+        return model
+
+
+def hf_name(name: str) -> str:
+    return name if name.startswith("lm_head") else "model." + name
+
+
+def hf_config(config: ModelConfig, dtype: str) -> dict:
+    """What config.json holds, for `transformers.AutoModelForCausalLM`."""
+    ours = asdict(config)
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None,
+            **{theirs: ours[name] for name, theirs in HF_NAMES.items()}}
+
+
+def config_from_hf(path: Path) -> ModelConfig:
+    """A ModelConfig from config.json; BadInput if it is that of another kind of model."""
+    theirs = read_json(path)
+    if theirs.get("model_type") != "llama":
+        raise BadInput(f"{path}: model_type is {theirs.get('model_type')!r}, only 'llama' is known here")
+    try:
+        return ModelConfig(**{name: theirs[key] for name, key in HF_NAMES.items()})
+    except KeyError as error:
+        raise BadInput(f"{path}: {error} is missing") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically; OSError if the disk does not take it."""
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; BadInput if there is none or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None

@@ -1,0 +1,429 @@
+"""Train LLM-JEPA from scratch: settings, the loop, resume.
+
+    python train.py --dataset nlrx_synth                    LLM-JEPA with all defaults, on generated data if need be
+    python train.py --dataset nlrx_synth --lam 0            the baseline: plain next-token training
+    python train.py --dataset nlrx_synth --passes three     the three passes of the paper instead of the fused one
+    python train.py --dataset my.jsonl --test_file my_test.jsonl
+
+A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt (the last
+checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and eval.json. The same
+command started again goes on where the last checkpoint left it, and ends with the same weights, bit for bit on a CPU:
+nothing in a run depends on anything but (seed, step).
+"""
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three, load_dataset, loss_dropout
+from data import render_all, train_bpe
+from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate, table
+from files import BadInput, atomic, main_guard, read_json, write_text
+from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
+from model import PRESETS, ModelConfig, Transformer
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def opt(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting of a run: `--name value` on the command line, and an entry of run.json."""
+    # data
+    dataset: str = opt("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file")
+    data_dir: str = opt("data", "where the published files are")
+    test_file: str = opt("", "the test split of a dataset of your own")
+    n_train: int = opt(0, "train on the first N examples; 0: all")
+    eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, which is held out")
+    on_long: Literal["error", "drop"] = opt("error", "what to do with an example longer than the model's context")
+    vocab_size: int = opt(512, "at most so many byte-level BPE tokens, trained on the train split")
+    # model
+    preset: Literal[tuple(PRESETS)] = opt("nano", "shape of the model")
+    dim: int = opt(0, "width C; 0: the preset's")
+    n_layers: int = opt(0, "blocks; 0: the preset's")
+    n_heads: int = opt(0, "query heads; 0: the preset's")
+    n_kv_heads: int = opt(0, "key-value heads; 0: the preset's")
+    ffn_dim: int = opt(0, "inner width of the MLP; 0: the preset's")
+    # objective: gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code))
+    lam: float = opt(1.0, "weight of the JEPA loss; 0: plain next-token training")
+    gamma: float = opt(1.0, "weight of the next-token loss")
+    k: int = opt(1, "predictor tokens; 0: Pred is the identity")
+    distance: Literal[tuple(DISTANCES)] = opt("cosine", "d")
+    temperature: float = opt(0.07, "of --distance infonce")
+    passes: Literal["fused", "three"] = opt("fused", "one masked pass, or three: the same losses")
+    alpha: float = opt(0.0, "loss dropout: each example goes without its views with this probability")
+    ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code")
+    train_eos: bool = opt(True, "is the end token a target? (off: the official labels)")
+    pred_first: bool = opt(False, "[PRED] in front of Text instead of behind it")
+    reverse: bool = opt(False, "Code predicts Text")
+    # optimization
+    epochs: int = opt(6, "passes over the train split")
+    max_steps: int = opt(0, "end after so many steps; 0: after the epochs")
+    batch_size: int = opt(32, "examples per step")
+    micro_batch: int = opt(0, "examples per forward and backward; 0: the whole batch")
+    lr: float = opt(1.5e-3, "peak of the learning rate")
+    warmup: float = opt(0.05, "share of the steps in which it rises; then it falls to 0 along a cosine")
+    weight_decay: float = opt(0.1, "AdamW's, on matrices only")
+    beta1: float = opt(0.9, "AdamW's")
+    beta2: float = opt(0.95, "AdamW's")
+    clip: float = opt(1.0, "largest norm of the gradient")
+    # the run
+    seed: int = opt(82, "of weights, order and loss dropout")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto: cuda, then mps, then cpu")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = opt(
+        "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively")
+    compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
+    row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row")
+    log_every: int = opt(10, "steps between two lines of metrics.jsonl")
+    checkpoint_every: int = opt(0, "steps between two checkpoints; 0: an epoch")
+    max_new_tokens: int = opt(0, "longest answer in evaluation; 0: 1.5 times the longest of train")
+    out: str = opt("", "run folder (default: runs/, named after the dataset and what is not default)")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message}; see --help")
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """A valid Config from the command line. BadInput names everything that is wrong with it, in one line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    hints = get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        hint, extra = hints[f.name], {}
+        if get_origin(hint) is Literal:
+            extra["choices"] = get_args(hint)
+        elif hint in (bool, bool | None):
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra["type"] = hint
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + shown, **extra)
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    problems = check(config, set(given))
+    if problems:
+        raise BadInput("; ".join(problems))
+    if not config.lam:
+        config.k = 0  # no predictor tokens: none would be trained
+    config.out = config.out or str(Path("runs") / describe(config))
+    return config
+
+
+def check(c: Config, given: set[str]) -> list[str]:
+    """What is wrong with the settings: values out of range, contradictions, and flags given that would do nothing."""
+    problems = [f"--{name} {getattr(c, name)}: must be {what}" for what, test, names in (
+        ("at least 1", lambda x: x >= 1, ("epochs", "batch_size", "log_every")),
+        ("0 or more", lambda x: x >= 0, ("n_train", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "k", "max_steps",
+                                         "micro_batch", "row_len", "checkpoint_every", "max_new_tokens", "seed")),
+        ("a number, 0 or more", lambda x: 0 <= x < math.inf, ("lam", "gamma", "weight_decay")),
+        ("a number above 0", lambda x: 0 < x < math.inf, ("temperature", "lr", "clip")),
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, ("alpha", "warmup", "beta1", "beta2")),
+        ("at least 256, a token for each byte", lambda x: x >= 256, ("vocab_size",)),
+    ) for name in names if not test(getattr(c, name))]
+    own = c.dataset.endswith(".jsonl")
+
+    def inert(names: tuple[str, ...], why: str) -> None:
+        problems.extend(f"--{name} has no effect {why}" for name in names if name in given)
+
+    if not c.lam:
+        inert(("k", "distance", "temperature", "passes", "alpha", "pred_first", "reverse"), "with --lam 0")
+        if not c.gamma:
+            problems.append("--lam 0 --gamma 0: nothing to train on")
+    elif c.distance != "infonce":
+        inert(("temperature",), "without --distance infonce")
+    elif c.micro_batch:
+        problems.append("--distance infonce takes its negatives from the whole batch: leave --micro_batch out")
+    if not c.k and c.lam:
+        inert(("pred_first",), "with --k 0")
+    if c.passes == "three":
+        inert(("row_len",), "with --passes three")
+    if not own or c.eval_split == "valid":
+        inert(("test_file",), "with --eval_split valid" if own else "with a published dataset")
+    elif not c.test_file:
+        problems.append("a dataset of your own needs --test_file or --eval_split valid")
+    if own:
+        inert(("data_dir",), "with a dataset of your own")
+    if c.micro_batch > c.batch_size:
+        problems.append(f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(c.device, True):
+        problems.append(f"--device {c.device}: not available here")
+    return problems
+
+
+def describe(c: Config) -> str:
+    """The run's default name: the dataset and every setting that is not the default."""
+    parts = [Path(c.dataset).stem]
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        if value != f.default and f.name not in ("dataset", "data_dir", "test_file", "device", "out") and not (
+                f.name == "k" and not c.lam):
+            parts.append(f.name + str(value))
+    return "-".join(parts)
+
+
+def model_config(c: Config, vocab_size: int) -> ModelConfig:
+    """The preset with the shapes that the user gave."""
+    shape = dict(PRESETS[c.preset])
+    shape |= {name: getattr(c, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim") if getattr(c, name)}
+    config = ModelConfig(vocab_size=vocab_size, **shape)
+    if c.dim or c.n_heads:
+        config.head_dim = config.dim // config.n_heads
+        config.n_kv_heads = c.n_kv_heads or config.n_heads
+    if config.head_dim * config.n_heads != config.dim or config.head_dim % 2:
+        raise BadInput(f"--dim {config.dim} --n_heads {config.n_heads}: each head must have the same, even width")
+    if config.n_heads % config.n_kv_heads:
+        raise BadInput(f"--n_kv_heads {config.n_kv_heads} does not divide --n_heads {config.n_heads}")
+    return config
+
+
+# ---- device ----------------------------------------------------------------------------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Does the processor multiply bfloat16 itself? Where it does not, PyTorch emulates, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+class Step(nn.Module):
+    """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it would keep
+    stale bfloat16 copies of the weights."""
+
+    def __init__(self, model: Transformer, c: Config, dtype: str):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.passes = three_pass if c.passes == "three" else fused
+        self.distance = partial(DISTANCES["infonce"], temperature=c.temperature) if c.distance == "infonce" else (
+            DISTANCES[c.distance])
+
+    def forward(self, batch) -> Losses:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return self.passes(self.model, batch, self.distance)
+
+
+def micro_batches(c: Config, train: list[Views], indices: list[int], step: int) -> list:
+    """The step's examples, collated in groups of --micro_batch."""
+    keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
+    collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len)
+    size = c.micro_batch or len(indices)
+    return [collate([train[i] for i in indices[start:start + size]], keep[start:start + size])
+            for start in range(0, len(indices), size)]
+
+
+def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
+    """AdamW; norms' gains are not decayed."""
+    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
+    vectors = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
+
+
+def lr_at(step: int, total: int, c: Config) -> float:
+    """Linear up over the warm-up, then down to 0 along half a cosine."""
+    warmup = max(1, round(c.warmup * total))
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+def git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        reply = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
+                               text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return reply.stdout.strip() or None
+
+
+def open_run(c: Config, data: Dataset, dtype: str, device: torch.device) -> dict:
+    """Make the run folder, or recognise it: what run.json holds. BadInput if it is another run's."""
+    folder = Path(c.out)
+    record = {"config": asdict(c), "source": data.source, "files": data.files, "dtype": dtype, "device": str(device),
+              "git_commit": git_commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    if not (folder / "run.json").exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
+        return record
+    old = read_json(folder / "run.json")
+    theirs, ours = old.get("config"), asdict(c)
+    if not isinstance(theirs, dict) or "dtype" not in old or not isinstance(old.get("files"), dict):
+        raise BadInput(f"{folder / 'run.json'}: not written by this program; choose another --out")
+    different = [f"--{name} {theirs.get(name)} (now {value})" for name, value in ours.items()
+                 if name not in ("out", "data_dir") and theirs.get(name) != value]
+    if different:
+        raise BadInput(f"{folder} holds a run with {', '.join(different)}; choose another --out")
+    if list(old["files"].values()) != list(data.files.values()):
+        raise BadInput(f"{folder} holds a run on other data ({old.get('source')}: {', '.join(old['files'])}); "
+                       "choose another --out")
+    return old
+
+
+def save_state(folder: Path, state: dict) -> None:
+    try:
+        with atomic(folder / "state.pt") as temporary:
+            torch.save(state, temporary)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{folder / 'state.pt'}: cannot be written ({str(error).splitlines()[0]})") from None
+
+
+def load_state(folder: Path, device: torch.device) -> dict | None:
+    path = folder / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
+        raise BadInput(f"{path}: damaged ({str(error).splitlines()[0]}); move the folder away and start again") from None
+
+
+class Metrics:
+    """metrics.jsonl, cut back to `size` bytes: lines behind the last checkpoint are written again."""
+
+    def __init__(self, path: Path, size: int):
+        self.file = open(path, "ab")
+        self.file.truncate(size)
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row).encode() + b"\n")
+
+    def size(self) -> int:
+        """Bytes so far, all on the disk."""
+        self.file.flush()
+        return self.file.tell()
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+def train(c: Config) -> dict:
+    """Train, or go on training, and score; returns what eval.json holds."""
+    data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split)
+    announce(data)
+    device, folder = pick_device(c.device), Path(c.out)
+    dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
+    run = open_run(c, data, dtype, device)
+    if (folder / "eval.json").exists():
+        print(f"{folder}: finished before")
+        return read_json(folder / "eval.json")
+
+    tokenizer = Tokenizer(train_bpe([text for e in data.train for text in (e.text, e.code)], c.vocab_size))
+    model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed).to(device)
+    if run["dtype"] == "float64":
+        model.double()
+    options = {name: getattr(c, name) for name in VIEW_OPTIONS}
+    examples = render_all(data.train, tokenizer, model.config.max_seq_len, c.on_long, **options)
+    limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+    sampler = Sampler([len(views.main) for views in examples], c.batch_size, c.seed)
+    total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
+    every = c.checkpoint_every or sampler.steps_per_epoch
+    optimizer = make_optimizer(model, c)
+    state = load_state(folder, device) or {"step": 0, "examples": 0, "tokens": 0, "metrics_size": 0}
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    start, n_examples, n_tokens_seen = state["step"], state["examples"], state["tokens"]
+    metrics = Metrics(folder / "metrics.jsonl", state["metrics_size"])
+    compiled = c.compile if c.compile is not None else device.type == "cuda"
+    step_losses = Step(model, c, run["dtype"])
+    if compiled:
+        step_losses = torch.compile(step_losses, dynamic=True)
+    print(f"{model.n_params():,} parameters, {len(examples)} examples, {total} steps on {device} in {run['dtype']}"
+          f"{', compiled' if compiled else ''}; run folder {folder}{f', from step {start}' if start else ''}")
+
+    bar = tqdm(range(start, total), initial=start, total=total, disable=None, unit="step", dynamic_ncols=True)
+    clock, clock_tokens = time.perf_counter(), n_tokens_seen
+    for step in bar:
+        batches = micro_batches(c, examples, sampler.indices(step), step)
+        n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, total, c)
+        ntp = jepa = 0.0
+        for batch in batches:
+            losses = step_losses(batch.to(device))
+            total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
+            ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done, n_examples, n_tokens_seen = step + 1, n_examples + n_pairs, n_tokens_seen + n_tokens
+        where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples, "tokens": n_tokens_seen}
+        if done % c.log_every == 0 or done == total:
+            ntp, jepa, now = float(ntp), float(jepa), time.perf_counter()  # waits for the device
+            metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
+                                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
+                                   "tokens_per_s": round((n_tokens_seen - clock_tokens) / (now - clock))})
+            clock, clock_tokens = now, n_tokens_seen
+            bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
+        if done % sampler.steps_per_epoch == 0 and done < total:
+            look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
+            metrics.write(where | {"look": look})
+            tqdm.write(f"epoch {done // sampler.steps_per_epoch}: a look at 200 test items: exact {look['exact']:.1%}, "
+                       f"stopped {look['stopped']:.1%}, cosine {look['cos_paired']:.3f} (shuffled {look['cos_shuffled']:.3f})")
+        if done % every == 0 or done == total:
+            save_state(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                                "examples": n_examples, "tokens": n_tokens_seen, "metrics_size": metrics.size()})
+    return finish(folder, model, tokenizer, data, options, limit)
+
+
+def announce(data: Dataset) -> None:
+    """Say where the data comes from, before anything else."""
+    if data.source == "generated":
+        print(f"data: GENERATED by the embedded NL-RX grammar (no published {data.name} files found; "
+              f"`python data.py download {data.name}` fetches them)")
+    else:
+        print(f"data: {data.source}")
+    for path, digest in data.files.items():
+        print(f"  {path} sha256 {digest[:12]}")
+
+
+def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict, limit: int) -> dict:
+    """Write the model and its score on the whole test split; print five answers."""
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    result, answers = evaluate(model, tokenizer, data, options, limit)
+    write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
+    for example, answer in list(zip(data.test, answers, strict=True))[:5]:
+        print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
+            "" if answer == example.code else "   <- differs"))
+    return result
+
+
+def main() -> None:
+    c = parse_config()
+    result = train(c)
+    print(f"\n{result['dataset']} ({result['source']} data), {result['n']} test items\n" + table({c.out: result}))
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main()
