@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import nlrx
+import derivatives
 from data import Dataset, Example, Tokenizer, collate_three, load_dataset, render_all
 from files import BadInput, main_guard, read_json, write_text
 from jepa_loss import collapse_report, pick
@@ -101,7 +101,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, max_n
 def same_language(answer: str, target: str) -> bool | None:
     """Do two regexes describe the same strings? An answer that does not parse: False; undecided: None."""
     try:
-        return nlrx.equal(answer, target).equal
+        return derivatives.equal(answer, target).equal
     except ValueError:
         return False
 

@@ -1,0 +1,396 @@
+"""data.py: a rendered example as literals, batches, the tokenizer against tiktoken, steps, files and downloads."""
+import functools
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+import regex
+import torch
+from conftest import PAIRS, ROOT, SHARED_DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset, loss_dropout, merge, pack
+from data import picture, read_jsonl, render_all, render_views, train_bpe
+from files import BadInput
+
+needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
+
+# ---- one example, id by id -------------------------------------------------------------------------------------------
+
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # every byte a token: begin 256, sep 257, end 258, [PRED] 259 ...
+PAIR = Example("ab", "xyz")
+BEGIN, SEP, END, P1, P2 = 256, 257, 258, 259, 260
+A, B, X, Y, Z = b"abxyz"
+
+
+def test_views_of_an_example():
+    views = render_views(PAIR, BYTES, k=2)
+    assert views.main == [BEGIN, A, B, SEP, X, Y, Z, END]
+    assert views.labels == [A, B, SEP, X, Y, Z, END, -100]  # everything after <|begin|> is a target, <|end|> included
+    assert (views.stem, views.preds, views.enc) == ([BEGIN, A, B], [P1, P2], [BEGIN, X, Y, Z])
+
+
+def test_labels_of_the_ablations():
+    assert render_views(PAIR, BYTES, ntp_on="code").labels == [-100, -100, -100, X, Y, Z, END, -100]
+    assert render_views(PAIR, BYTES, train_eos=False).labels == [A, B, SEP, X, Y, Z, -100, -100]
+    assert render_views(PAIR, BYTES, ntp_on="code", train_eos=False).labels == [-100] * 3 + [X, Y, Z, -100, -100]
+
+
+def tree_of(**options):
+    tree = lay_out(render_views(PAIR, BYTES, **options))
+    return tree.ids, tree.segment, tree.parent, tree.positions, tree.labels, tree.pred_at, tree.enc_at
+
+
+def test_tree_of_an_example():
+    ids, segment, parent, positions, labels, pred_at, enc_at = tree_of(k=2)
+    #                   TEXT         | CODE             | PRED  | CODE alone
+    assert ids ==       [BEGIN, A, B,  SEP, X, Y, Z, END, P1, P2, BEGIN, X, Y, Z]
+    assert segment ==   [0, 0, 0,      1, 1, 1, 1, 1,     2, 2,   3, 3, 3, 3]
+    assert parent ==    [0, 0, 0,      0, 0, 0, 0, 0,     0, 0,   3, 3, 3, 3]
+    assert positions == [0, 1, 2,      3, 4, 5, 6, 7,     3, 4,   0, 1, 2, 3]
+    assert labels ==    [A, B, SEP,    X, Y, Z, END, -100] + [-100] * 6
+    assert pred_at == 9 and enc_at == 13  # P2 and the last Z
+
+
+def test_tree_without_predictors():
+    """k = 0: pred is TEXT's last token in main, which stays whole."""
+    ids, segment, parent, positions, _, pred_at, enc_at = tree_of(k=0)
+    assert ids ==       [BEGIN, A, B, SEP, X, Y, Z, END, BEGIN, X, Y, Z]
+    assert segment ==   [0] * 8 + [1] * 4
+    assert parent ==    [0] * 8 + [1] * 4
+    assert positions == [*range(8), *range(4)]
+    assert pred_at == 2 and enc_at == 11
+
+
+def test_tree_with_predictors_in_front():
+    """pred_first: the text view is no prefix of main any more and becomes a root; pred is TEXT's last token there."""
+    ids, segment, parent, positions, _, pred_at, enc_at = tree_of(k=2, pred_first=True)
+    assert ids ==       [BEGIN, A, B, SEP, X, Y, Z, END, BEGIN, P1, P2, A, B, BEGIN, X, Y, Z]
+    assert segment ==   [0] * 8 + [1] * 5 + [2] * 4 == parent
+    assert positions == [*range(8), *range(5), *range(4)]
+    assert pred_at == 12 and enc_at == 16
+
+
+def test_tree_in_reverse():
+    """Code predicts Text: Enc(Text) is free in main, Code and its [PRED] are a root and its child."""
+    ids, segment, parent, positions, _, pred_at, enc_at = tree_of(k=1, reverse=True)
+    assert ids ==       [BEGIN, A, B, SEP, X, Y, Z, END, BEGIN, X, Y, Z, P1]
+    assert segment ==   [0] * 8 + [1] * 4 + [2]
+    assert parent ==    [0] * 8 + [1] * 4 + [1]
+    assert positions == [*range(8), *range(4), 4]
+    assert pred_at == 12 and enc_at == 2
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def test_fused_batch_id_by_id():
+    """Two examples, each its row; then both in one row of up to 24 tokens."""
+    views = [render_views(e, BYTES) for e in (PAIR, Example("a", "x"))]
+    batch = collate_fused(views, [True, False])
+    assert batch.ids.tolist() == [[BEGIN, A, B, SEP, X, Y, Z, END, P1, BEGIN, X, Y, Z],
+                                  [BEGIN, A, SEP, X, END] + [0] * 8]
+    assert batch.segment[1].tolist() == [0] * 5 + [5, 6, 7, 8, 9, 10, 11, 12]  # each pad its own
+    assert batch.parent[1].tolist() == [0] * 5 + [5, 6, 7, 8, 9, 10, 11, 12]
+    assert batch.labels[1].tolist() == [A, SEP, X, END] + [-100] * 9
+    assert batch.pred_at.tolist() == [8] and batch.enc_at.tolist() == [12]
+    assert (batch.n_tokens, batch.n_pairs) == (7 + 4, 2)  # an example without views counts
+    packed = collate_fused(views, [True, True], row_len=24)
+    assert packed.ids.shape == (1, 13 + 5 + 3)
+    assert packed.segment.tolist() == [[0] * 3 + [1] * 5 + [2] + [3] * 4 + [4] * 2 + [5] * 3 + [6] + [7] * 2]
+    assert packed.parent.tolist() == [[0] * 9 + [3] * 4 + [4] * 6 + [7] * 2]
+    assert packed.pred_at.tolist() == [8, 18] and packed.enc_at.tolist() == [12, 20]
+
+
+def test_three_pass_batch_id_by_id():
+    batch = collate_three([render_views(e, BYTES) for e in (PAIR, Example("a", "x"))], [True, True])
+    assert batch.ids.tolist() == [[BEGIN, A, B, SEP, X, Y, Z, END], [BEGIN, A, SEP, X, END, 0, 0, 0]]
+    assert batch.pred_ids.tolist() == [[BEGIN, A, B, P1], [BEGIN, A, P1, 0]]
+    assert batch.enc_ids.tolist() == [[BEGIN, X, Y, Z], [BEGIN, X, 0, 0]]
+    assert batch.pred_at.tolist() == [3, 6] and batch.enc_at.tolist() == [3, 5]
+    assert (batch.n_tokens, batch.n_pairs) == (11, 2)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 60))
+def test_packing_loses_nothing(lengths, row_len):
+    rows = pack(lengths, row_len)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= row_len or len(row) == 1 for row in rows)
+
+
+def test_segments_are_unique_in_a_row(tokenizer, examples):
+    """A segment number is one run of tokens: no pad and no neighbour shares it."""
+    batch = collate_fused([render_views(e, tokenizer) for e in examples], [True, False, True, True, False], 150)
+    assert len(batch.ids) > 1
+    for row in batch.segment.tolist():
+        changes = [s for i, s in enumerate(row) if i == 0 or row[i - 1] != s]
+        assert len(changes) == len(set(changes))
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+def test_every_epoch_has_every_example_once():
+    sampler = Sampler(list(np.random.default_rng(0).integers(5, 50, 1003)), 16, seed=1)
+    assert sampler.steps_per_epoch == 63
+    orders = [[sampler.indices(step).tolist() for step in range(e * 63, e * 63 + 63)] for e in range(2)]
+    for order in orders:
+        assert sorted(i for batch in order for i in batch) == list(range(1003))
+        assert max(map(len, order)) == 16
+    assert orders[0] != orders[1]
+    assert Sampler(list(sampler.lengths), 16, seed=1).indices(100).tolist() == orders[1][37]  # (seed, step) alone
+    assert Sampler(list(sampler.lengths), 16, seed=2).indices(100).tolist() != orders[1][37]
+
+
+def test_batches_hold_similar_lengths():
+    lengths = np.random.default_rng(0).integers(5, 50, 1024)
+    sampler = Sampler(list(lengths), 16, seed=1)
+    spread = [np.ptp(lengths[sampler.indices(step)]) for step in range(sampler.steps_per_epoch)]
+    assert np.mean(spread) < 6
+
+
+def test_loss_dropout():
+    kept = np.array([loss_dropout(32, 0.75, seed=3, step=s) for s in range(400)])
+    assert abs(kept.mean() - 0.25) < 0.02
+    assert 0 < np.ptp(kept.sum(1))  # example by example, not batch by batch
+    assert kept[7].tolist() == loss_dropout(32, 0.75, 3, 7) != loss_dropout(32, 0.75, 4, 7)
+    assert all(loss_dropout(32, 0.0, 0, 0))
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+def encode_slow(text: bytes, ranks: dict[bytes, int]) -> tuple[int, ...]:
+    """The obvious encoder: the trainer's own merges, one after the other, in the order in which they were made."""
+    tokens = list(ranks)
+    ids = tuple(text)
+    for new in range(256, len(tokens)):
+        splits = [(ranks.get(tokens[new][:i]), ranks.get(tokens[new][i:])) for i in range(1, len(tokens[new]))]
+        for pair in splits:  # the pair that was merged is the one whose halves are older tokens
+            if None not in pair and max(pair) < new:
+                ids = merge(ids, pair, new)
+    return ids
+
+
+def test_merge():
+    assert merge((1, 2, 1, 2, 2), (1, 2), 9) == (9, 9, 2)
+    assert merge((1, 1, 1), (1, 1), 9) == (9, 1)
+    assert merge((), (1, 1), 9) == ()
+
+
+def test_bpe_by_hand():
+    """`aaabdaaabac`, the textbook's word: aa, then ab (ties: lowest ids first), then aaab."""
+    ranks = train_bpe(["aaabdaaabac"], 259)
+    assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
+    assert train_bpe(["ab"], 300) == {bytes([i]): i for i in range(256)} | {b"ab": 256}  # nothing left to merge
+
+
+def test_bpe_equals_tiktoken(tokenizer):
+    texts = [text for pair in PAIRS for text in pair]
+    for text in texts:
+        slow = [i for piece in regex.findall(tokenizer.pattern, text) for i in encode_slow(piece.encode(), tokenizer.ranks)]
+        assert tokenizer.encode(text) == slow
+    assert len(tokenizer.encode("lines with a vowel")) < len("lines with a vowel")
+
+
+@needs_published
+def test_bpe_equals_tiktoken_on_the_corpus():
+    rows = load_dataset("nlrx_synth", SHARED_DATA)
+    tokenizer = Tokenizer(train_bpe([t for e in rows.train for t in (e.text, e.code)], 512))
+    slow = functools.lru_cache(None)(lambda piece: encode_slow(piece, tokenizer.ranks))
+    for e in rows.train + rows.test:
+        for text in (e.text, e.code):
+            pieces = regex.findall(tokenizer.pattern, text)
+            assert tokenizer.encode(text) == [i for piece in pieces for i in slow(piece.encode())]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(min_size=1, max_size=40))  # tiktoken panics at an empty piece
+def test_random_bytes_round_trip(tokenizer, content):
+    ids = tokenizer.encoding._encode_single_piece(content)
+    assert tuple(ids) == encode_slow(content, tokenizer.ranks)
+    assert tokenizer.encoding.decode_bytes(ids) == content
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40))
+def test_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_in_text_are_text(tokenizer):
+    ids = tokenizer.encode("a<|end|>")
+    assert tokenizer.end not in ids and tokenizer.decode(ids) == "a<|end|>"
+
+
+def test_punctuation_stands_alone():
+    ranks = train_bpe(["(a)&(b)"] * 100, 300)
+    assert not [token for token in list(ranks)[256:] if b")" in token or b"&" in token]
+
+
+def test_tokenizer_round_trip_and_damage(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.ranks == tokenizer.ranks and again.encode(PAIRS[1][0]) == tokenizer.encode(PAIRS[1][0])
+    import tiktoken.load  # their loader reads our file
+    assert tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.model")) == tokenizer.ranks
+    path = tmp_path / "tokenizer.model"
+    lines = path.read_text().splitlines(keepends=True)
+    for broken, match in ((lines[:-1] + ["x"], f"{path.name}:{len(lines)}: expected"), (lines[5:], r"lacks the bytes \[0, 1"),
+                          (lines[:-2] + lines[-1:], "ranks are not 0 to")):
+        path.write_text("".join(broken))
+        with pytest.raises(BadInput, match=match):
+            Tokenizer.load(tmp_path)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def test_jsonl_in_both_forms(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "t", "code": "c"}\n\n{"messages": [{"role": "system", "content": "s"}, '
+                    '{"role": "user", "content": "tü"}, {"role": "assistant", "content": "d"}]}\n')
+    assert read_jsonl(path) == [Example("t", "c", f"{path}:1"), Example("tü", "d", f"{path}:3")]
+
+
+@pytest.mark.parametrize("line,match", [
+    (b"{", "not valid JSON"), (b"[1]", "expected a JSON object, found list"), (b'"\xff"', "not UTF-8"),
+    (b'{"text": "a"}', "code must be a non-empty string"), (b'{"text": "a", "code": ""}', "code must be a non-empty"),
+    (b'{"text": 1, "code": "b"}', "text must be a non-empty"), (b'{"messages": 3}', '"messages" must be a list'),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', "one user and one assistant"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "code must be a non-empty"),
+    (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"), (b"[" * 5000, "not valid JSON")])
+def test_a_bad_line_is_named(tmp_path, line, match):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "t", "code": "c"}\n' + line + b"\n")
+    with pytest.raises(BadInput, match=match) as error:
+        read_jsonl(path)
+    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_missing_and_empty_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, match in (("none.jsonl", "no such file"), ("empty.jsonl", "holds no example")):
+        with pytest.raises(BadInput, match=match):
+            read_jsonl(tmp_path / name)
+    with pytest.raises(BadInput, match="not a known dataset"):
+        load_dataset("nlrx_sinth", tmp_path)
+    with pytest.raises(BadInput, match="data.py download nlrx_turk"):
+        load_dataset("nlrx_turk", tmp_path)
+
+
+def test_too_long_examples(tokenizer, examples, capsys):
+    longest = len(render_views(examples[1], tokenizer).main)
+    assert len(render_all(examples, tokenizer, longest)) == 5
+    with pytest.raises(BadInput, match=f"f:2: {longest} tokens.*--on_long drop"):
+        render_all([Example(*PAIRS[0], "f:1"), Example(*PAIRS[1], "f:2")], tokenizer, longest - 1)
+    assert len(render_all(examples, tokenizer, longest - 1, "drop")) == 4
+    assert "dropped 1 of 5" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="every example is longer"):
+        render_all(examples, tokenizer, 3, "drop")
+
+
+@needs_published
+def test_published_splits():
+    rows = load_dataset("nlrx_synth", SHARED_DATA)
+    assert (len(rows.train), len(rows.test), rows.source) == (8000, 2000, "published")
+    train = {(e.text, e.code) for e in rows.train}
+    assert sum((e.text, e.code) in train for e in rows.test) == 39
+    valid = load_dataset("nlrx_synth", SHARED_DATA, n_train=100, eval_split="valid")
+    assert valid.test == rows.train[7200:] and valid.train == rows.train[:100]
+    turk = load_dataset("nlrx_turk", SHARED_DATA)
+    assert [e.code for e in turk.test] == [e.code for e in rows.test]
+
+
+@needs_published
+def test_a_changed_published_file_is_refused(tmp_path):
+    content = (SHARED_DATA / "synth_test.jsonl").read_bytes()
+    (tmp_path / "synth_test.jsonl").write_bytes(content)
+    with pytest.raises(BadInput, match="synth_train.jsonl: no such file"):  # never half published, half generated
+        load_dataset("nlrx_synth", tmp_path)
+    (tmp_path / "synth_test.jsonl").write_bytes(content[:-10])
+    with pytest.raises(BadInput, match="synth_test.jsonl: not the published file"):
+        load_dataset("nlrx_synth", tmp_path)
+
+
+def test_generated_dataset(tmp_path):
+    rows = load_dataset("nlrx_synth", tmp_path)
+    assert (len(rows.train), len(rows.test), rows.source, rows.is_regex) == (8000, 2000, "generated", True)
+    assert not {e.text for e in rows.train} & {e.text for e in rows.test}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert load_dataset("nlrx_synth", tmp_path).train == rows.train
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(before) == 2
+
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of two small files that stands for the published one."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    files = {}
+    for split in ("train", "test"):
+        content = json.dumps({"text": split, "code": "c"}).encode() * 3
+        (folder / f"small_{split}.jsonl").write_bytes(content)
+        files[split] = (f"small_{split}.jsonl", data.git_blob_id(content))
+    monkeypatch.setitem(data.PUBLISHED, "small", files)
+    return folder
+
+
+def test_git_blob_id():
+    assert data.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"  # printf 'hello\n' | git hash-object
+
+
+def test_download_from_a_file_address_and_a_server(mirror, tmp_path, capsys):
+    data.download("small", tmp_path / "a", mirror.as_uri())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=mirror)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        data.download("small", tmp_path / "b", f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+    for folder in ("a", "b"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["small_test.jsonl", "small_train.jsonl"]
+        assert (tmp_path / folder / "small_test.jsonl").read_bytes() == (mirror / "small_test.jsonl").read_bytes()
+    data.download("small", tmp_path / "a", "file:///nowhere")  # what is here and right is not fetched again
+    assert "already here" in capsys.readouterr().out
+
+
+def test_a_bad_download_leaves_nothing(mirror, tmp_path):
+    (mirror / "small_test.jsonl").write_bytes(b"cut")
+    with pytest.raises(BadInput, match="small_test.jsonl: 3 bytes that are not the published file"):
+        data.download("small", tmp_path / "a", mirror.as_uri())
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["small_train.jsonl"]
+    with pytest.raises(BadInput, match="nowhere"):
+        data.download("small", tmp_path / "b", "file:///nowhere")
+
+
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+def test_picture():
+    lines = picture(collate_fused([render_views(Example("a", "x"), BYTES)], [True]), BYTES).splitlines()
+    assert lines[1:] == ["<|begin|>   0   0   0 a         #.......",
+                         "a           0   0   1 <|sep|>   ##......",
+                         "<|sep|>     1   0   2 x         ###.....",
+                         "x           1   0   3 <|end|>   ####....",
+                         "<|end|>     1   0   4           #####...",
+                         "[PRED1]     2   0   2           ##...#.. <- pred",
+                         "<|begin|>   3   3   0           ......#.",
+                         "x           3   3   1           ......## <- enc"]
+
+
+def test_show_command(tmp_path):
+    import subprocess
+    import sys
+    (tmp_path / "a.jsonl").write_text('{"text": "ab", "code": "x"}\n' * 10)
+    reply = subprocess.run([sys.executable, ROOT / "data.py", "show", tmp_path / "a.jsonl", "--k", "2"], capture_output=True,
+                           text=True)
+    assert reply.returncode == 0 and "[PRED2]" in reply.stdout and "<- enc" in reply.stdout, reply.stderr
+    reply = subprocess.run([sys.executable, ROOT / "data.py", "show", "none.jsonl"], capture_output=True, text=True)
+    assert reply.returncode == 2 and reply.stderr == "error: none.jsonl: no such file\n"
+
+
+def test_batches_move_whole(tokenizer, examples):
+    batch = collate_fused([render_views(e, tokenizer) for e in examples], [True] * 5)
+    moved = batch.to(torch.device("meta"))
+    assert moved.n_tokens == batch.n_tokens and moved.pred_at.device.type == moved.segment.device.type == "meta"

@@ -1,0 +1,152 @@
+"""model.py against transformers, and its own promises: caches, checkpoints, predictor rows."""
+import json
+
+import pytest
+import torch
+
+from files import BadInput
+from model import KVCache, ModelConfig, Transformer, attend, attend_by_hand
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+SHAPES = {
+    "plain": dict(),
+    "grouped": dict(n_kv_heads=2),
+    "untied": dict(tie_embeddings=False),
+    "head_dim": dict(head_dim=12, n_kv_heads=1),
+    "llama3_rope": dict(rope_scaling=LLAMA3, rope_theta=500.0, tie_embeddings=False),
+}
+
+
+def small(**shape) -> ModelConfig:
+    return ModelConfig(**{**dict(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=56,
+                                 max_seq_len=128), **shape})
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_equals_transformers(shape, tmp_path):
+    """The exported folder, loaded by transformers, gives our logits (1e-5) and gradients (1e-4)."""
+    transformers = pytest.importorskip("transformers")
+    ours = Transformer(small(**shape), seed=5)
+    with torch.no_grad():
+        for weight in ours.parameters():
+            weight.mul_(5) if weight.dim() > 1 else weight.uniform_(0.5, 1.5)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = torch.randint(50, (3, 100), generator=torch.Generator().manual_seed(0))
+    our_logits, their_logits = ours.head(ours(ids)), theirs(ids).logits
+    torch.testing.assert_close(our_logits, their_logits, atol=1e-5, rtol=0)
+    weight = torch.randn(our_logits.shape, generator=torch.Generator().manual_seed(1)) / our_logits.numel() ** 0.5
+    (our_logits * weight).sum().backward()
+    (their_logits * weight).sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        other = gradients[name if name.startswith("lm_head") else "model." + name].grad
+        torch.testing.assert_close(parameter.grad, other, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_hand_equals_torch(masked):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 6, dtype=torch.float64, generator=g).requires_grad_() for heads in (4, 2, 2))
+    mask = torch.rand(2, 1, 9, 9, generator=g) < 0.5 if masked else None
+    if masked:
+        mask |= torch.eye(9, dtype=torch.bool)
+    results = []
+    for f in (attend, attend_by_hand):
+        out = f(q, k, v, mask)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_bfloat16_on_a_cpu_stays_close():
+    """The path that training takes on a CPU: autocast, attention by hand."""
+    model, ids = Transformer(small(n_kv_heads=2), seed=5), torch.arange(40)[None]
+    exact = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(ids)
+    assert 0 < (rough.float() - exact).abs().max() < 0.1
+
+
+def test_cache_equals_no_cache():
+    model, ids = Transformer(small(n_kv_heads=2), seed=5).double(), torch.randint(50, (2, 12))
+    whole = model(ids)
+    cache, column = KVCache(model.config, 2, 12, ids.device, torch.float64), torch.arange(12)
+    parts = []
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        mask = column[:end] <= column[start:end, None]  # (T, S)
+        parts.append(model(ids[:, start:end], column[None, start:end], mask[None, None], cache))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="positions and a? ?mask"):
+        model(ids, cache=cache)
+
+
+def test_positions_shift_nothing():
+    """Rotary embeddings are relative: shifted positions give the same hidden states."""
+    model, ids = Transformer(small(), seed=5).double(), torch.randint(50, (2, 12))
+    torch.testing.assert_close(model(ids, torch.arange(12)[None] + 7), model(ids), atol=1e-6, rtol=0)
+
+
+def test_k_changes_no_other_weight():
+    without, with_three = Transformer(small(), 0, seed=9), Transformer(small(), 3, seed=9)
+    assert with_three.pred_embedding.shape == (3, 32)
+    for name, weight in without.named_parameters():
+        assert torch.equal(weight, dict(with_three.named_parameters())[name]), name
+    assert not torch.equal(Transformer(small(), seed=10).embed_tokens.weight, without.embed_tokens.weight)
+
+
+def test_predictors_are_no_vocabulary():
+    """Ids V, V+1 read their own rows, in order; the head knows nothing of them."""
+    model = Transformer(small(), k=2, seed=1)
+    embedded = model.embed(torch.tensor([[49, 50, 51, 0]]))[0]
+    rows = torch.stack([model.embed_tokens.weight[49], *model.pred_embedding, model.embed_tokens.weight[0]])
+    assert torch.equal(embedded, rows)
+    assert model.head(model(torch.tensor([[1, 50, 51]]))).shape == (1, 3, 50)
+
+
+def test_nano_is_nano():
+    model = Transformer(ModelConfig(vocab_size=1040))
+    assert 3.0e6 < model.n_params() < 4.0e6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoint_round_trip(tmp_path, tied):
+    model = Transformer(small(tie_embeddings=tied, rope_scaling=LLAMA3), k=2, seed=4)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert again.config == model.config
+    theirs = dict(again.named_parameters())
+    assert theirs.keys() == dict(model.named_parameters()).keys()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, theirs[name]), name
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    model = Transformer(small(), k=1)
+    model.save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    good_config, good_weights = config.read_text(), weights.read_bytes()
+
+    def refused(match):
+        with pytest.raises(BadInput, match=match):
+            Transformer.from_pretrained(tmp_path)
+        config.write_text(good_config)
+        weights.write_bytes(good_weights)
+
+    config.write_text(good_config.replace('"llama"', '"gpt2"'))
+    refused("model_type is 'gpt2'")
+    config.write_text(json.dumps(json.loads(good_config) | {"num_hidden_layers": 3}))
+    refused(r"model\.layers\.2\.\S+ is missing")
+    config.write_text(json.dumps(json.loads(good_config) | {"num_hidden_layers": 1}))
+    refused(r"unknown tensor model\.layers\.1")
+    config.write_text(json.dumps(json.loads(good_config) | {"vocab_size": 51}))
+    refused(r"model\.embed_tokens\.weight has shape \(50, 32\).*\(51, 32\)")
+    config.write_text("{")
+    refused("config.json: not valid JSON")
+    weights.write_bytes(good_weights[:-100])
+    refused("model.safetensors: not a whole safetensors file")
+    weights.unlink()
+    refused("model.safetensors: no such file")
+    assert Transformer.from_pretrained(tmp_path).n_params() == model.n_params()

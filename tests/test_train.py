@@ -1,0 +1,381 @@
+"""train.py: the loop against a plain one, resume, and everything that a user can get wrong; whole runs by subprocess."""
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import train
+from data import Sampler, Tokenizer, load_dataset, render_all, train_bpe
+from files import BadInput
+from model import Transformer
+
+TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300", "--batch_size", "8",
+        "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8"]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Files of 80 and 12 pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"} for i in range(92)]
+    for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.fixture
+def argv(pairs, tmp_path):
+    return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
+            "--out", str(tmp_path / "run"), "--device", "cpu", *TINY]
+
+
+def command(arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, **options)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return train.load_state(folder, torch.device("cpu"))["model"]
+
+
+def assert_equal_runs(a, b, tolerance=0.0):
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        difference = (weight - theirs[name]).abs().max().item()
+        assert difference <= tolerance, (name, difference)
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+def test_a_whole_run(argv, tmp_path):
+    """Train, score, start again, answer a prompt: as a user does."""
+    reply = command(argv)
+    assert reply.returncode == 0, reply.stderr
+    assert reply.stdout.startswith("data: file\n") and reply.stdout.count("\ntarget ") == 5
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "run.json", "metrics.jsonl", "state.pt", "config.json", "model.safetensors", "pred_embedding.safetensors",
+        "tokenizer.model", "tokenizer_config.json", "eval.json"}
+    rows = [row for row in rows_of(run) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["examples"] == 160
+    assert rows[-1]["ntp"] < rows[0]["ntp"] and rows[0]["jepa"] > 0.05
+    assert all(row["loss"] == pytest.approx(row["ntp"] + row["jepa"]) for row in rows)
+    looks = [row for row in rows_of(run) if "look" in row]
+    assert [row["epoch"] for row in looks] == [1] and looks[0]["look"]["n"] == 12
+    result = json.loads((run / "eval.json").read_text())
+    assert result["n"] == 12 and result["source"] == "file"
+
+    before = (run / "state.pt").stat().st_mtime_ns
+    again = command(argv)
+    assert again.returncode == 0 and "finished before" in again.stdout and "exact" in again.stdout
+    assert (run / "state.pt").stat().st_mtime_ns == before
+
+    def evaluate(*arguments):
+        return subprocess.run([sys.executable, ROOT / "eval.py", run, *arguments], capture_output=True, text=True)
+    (run / "eval.json").unlink()
+    scored = evaluate()
+    assert scored.returncode == 0, scored.stderr
+    new = json.loads((run / "eval.json").read_text())
+    assert {k: v for k, v in new.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
+    assert evaluate("--prompt", "the number 3", "--max_new_tokens", "4").stdout.strip()
+    other = command([*argv, "--lr", "1e-4"])
+    assert other.returncode == 2 and other.stderr.startswith(f"error: {run} holds a run with --lr 0.0015 (now 0.0001)")
+
+
+@pytest.mark.parametrize("flags", [["--lam", "0"], ["--passes", "three"], ["--row_len", "128", "--alpha", "0.5"]])
+def test_other_arms_run(argv, tmp_path, flags):
+    c = train.parse_config([*argv, *flags, "--max_steps", "3"])
+    result = train.train(c)
+    assert 0 <= result["exact"] <= 1 and len([row for row in rows_of(tmp_path / "run") if "loss" in row]) == 3
+
+
+def test_fused_equals_three_passes_over_a_run(argv, tmp_path):
+    """Float64: the weights after 20 steps, packed or not, with loss dropout."""
+    arms = {"three": ["--passes", "three"], "fused": [], "packed": ["--row_len", "150"]}
+    for name, flags in arms.items():
+        train.train(train.parse_config([*argv, *flags, "--dtype", "float64", "--alpha", "0.3", "--out", str(tmp_path / name)]))
+    assert_equal_runs(tmp_path / "three", tmp_path / "fused", 1e-9)
+    assert_equal_runs(tmp_path / "three", tmp_path / "packed", 1e-9)
+
+
+def test_micro_batches_equal_the_big_batch(argv, tmp_path):
+    """Float64: 1 x 32 and 4 x 8, gradients of a step and weights after 50 steps, to 1e-9, in both arms. The official code
+    divides one arm's gradient by the number of micro-batches and not the other's."""
+    flags = ["--dtype", "float64", "--batch_size", "32", "--epochs", "50", "--max_steps", "50"]
+    for name, more in (("plain", ["--lam", "0"]), ("jepa", ["--alpha", "0.5", "--k", "2"])):
+        runs = [tmp_path / f"{name}{size}" for size in (0, 8)]
+        for run, size in zip(runs, ("0", "8"), strict=True):
+            train.train(train.parse_config([*argv, *flags, *more, "--micro_batch", size, "--out", str(run)]))
+        assert_equal_runs(*runs, 1e-9)
+        norms = [[row["grad_norm"] for row in rows_of(run) if "loss" in row] for run in runs]
+        assert len(norms[0]) == 50 and norms[0] == pytest.approx(norms[1], abs=1e-9)
+
+
+def test_micro_batch_gradients_of_one_step(argv):
+    gradients = []
+    for size in ("0", "8"):
+        c = train.parse_config([*argv, "--batch_size", "32", "--micro_batch", size, "--alpha", "0.5"])
+        data = load_dataset(c.dataset, c.data_dir, c.test_file)
+        tokenizer = Tokenizer(train_bpe([e.text for e in data.train], c.vocab_size))
+        model = Transformer(train.model_config(c, tokenizer.vocab_size), 1, 0).double()
+        views = render_all(data.train, tokenizer, 512)
+        batches = train.micro_batches(c, views, list(range(32)), 0)
+        assert len(batches) == (1 if size == "0" else 4)
+        for batch in batches:
+            losses = train.Step(model, c, "float64")(batch)
+            train.total_loss(losses, sum(b.n_tokens for b in batches), 32, 1.0).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_lam_0_is_plain_training_bit_for_bit(argv, tmp_path):
+    """Against the loop that anyone would write: pad, causal forward, cross-entropy, AdamW."""
+    c = train.parse_config([*argv, "--lam", "0", "--dtype", "float32"])
+    train.train(c)
+    data = load_dataset(c.dataset, c.data_dir, c.test_file)
+    tokenizer = Tokenizer(train_bpe([text for e in data.train for text in (e.text, e.code)], 300))
+    rows = [[tokenizer.begin, *tokenizer.encode(e.text), tokenizer.sep, *tokenizer.encode(e.code), tokenizer.end]
+            for e in data.train]
+    model = Transformer(train.model_config(c, tokenizer.vocab_size), seed=c.seed)
+    optimizer = torch.optim.AdamW([{"params": [w for w in model.parameters() if w.dim() > 1], "weight_decay": 0.1},
+                                   {"params": [w for w in model.parameters() if w.dim() == 1], "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), fused=True)
+    sampler = Sampler([len(row) for row in rows], 8, c.seed)
+    for step in range(20):
+        batch = [rows[i] for i in sampler.indices(step)]
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
+        targets = torch.cat([torch.tensor(row[1:]) for row in batch])
+        real = torch.tensor([[j + 1 < len(row) for j in range(width)] for row in batch])
+        loss = F.cross_entropy(model.head(model(ids)[real]), targets, reduction="sum") / len(targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr_at(step, 20, c)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_the_arms_see_the_same_examples(argv, tmp_path):
+    """lam, passes, alpha, packing and micro-batches leave the examples of a step alone: same counts, step by step."""
+    counts = []
+    for i, flags in enumerate((["--lam", "0"], ["--alpha", "0.5"], ["--row_len", "100"], ["--micro_batch", "3"])):
+        train.train(train.parse_config([*argv, *flags, "--out", str(tmp_path / str(i))]))
+        counts.append([(row["examples"], row["tokens"]) for row in rows_of(tmp_path / str(i)) if "loss" in row])
+    assert counts[0] == counts[1] == counts[2] == counts[3]
+
+
+def test_compiled_equals_eager(argv):
+    """Losses and gradients of batches of two shapes, to the rounding of the float32 cosines of the rotary table."""
+    c = train.parse_config([*argv, "--n_layers", "1", "--alpha", "0.5"])
+    data = load_dataset(c.dataset, c.data_dir, c.test_file)
+    tokenizer = Tokenizer(train_bpe([e.text for e in data.train], c.vocab_size))
+    model = Transformer(train.model_config(c, tokenizer.vocab_size), 1, 0).double()
+    views = render_all(data.train, tokenizer, 512)
+    eager = train.Step(model, c, "float64")
+    compiled = torch.compile(eager, dynamic=True)
+    for indices in (list(range(5)), list(range(20, 28))):
+        (batch,), results = train.micro_batches(c, views, indices, 0), []
+        for step in (eager, compiled):
+            model.zero_grad()
+            losses = step(batch)
+            train.total_loss(losses, losses.n_tokens, losses.n_pairs, 1.0).backward()
+            results.append([losses.ntp_sum, losses.jepa_sum, *(weight.grad.clone() for weight in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-7)
+
+
+# ---- stop and go -----------------------------------------------------------------------------------------------------
+
+def test_three_steps_and_three_equal_six(argv, tmp_path, monkeypatch):
+    """A run that dies behind its checkpoint at step 3 repeats nothing and skips nothing; metrics lines are not doubled."""
+    argv = [*argv, "--max_steps", "6", "--checkpoint_every", "3", "--alpha", "0.3"]
+    train.train(train.parse_config([*argv, "--out", str(tmp_path / "whole")]))
+    lr_at, calls = train.lr_at, []
+
+    def dies(step, total, c):
+        calls.append(step)
+        if step == 5:
+            raise KeyboardInterrupt
+        return lr_at(step, total, c)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "lr_at", dies)
+        train.train(train.parse_config(argv))
+    train.train(train.parse_config(argv))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    keep = ("step", "epoch", "examples", "tokens", "ntp", "jepa", "loss", "lr", "grad_norm")
+    a, b = ([{k: row[k] for k in keep} for row in rows_of(tmp_path / name)] for name in ("whole", "run"))
+    assert a == b and len(a) == 6
+
+
+def test_killed_ten_times(argv, tmp_path):
+    """SIGKILL at ten random moments, from the start of the program to its last line; each run then ends like the one never
+    killed. On two threads: what is not deterministic there would show."""
+    argv, two = [*argv, "--checkpoint_every", "2", "--epochs", "6"], os.environ | {"OMP_NUM_THREADS": "2"}
+    began = time.monotonic()
+    assert command([*argv, "--out", str(tmp_path / "whole")], env=two).returncode == 0
+    whole, rng, killed, runs = time.monotonic() - began, random.Random(0), 0, [tmp_path / "run0"]
+    while killed < 10:
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, "--out", str(runs[-1])], env=two,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=rng.uniform(0.3, 1.0) * whole) == 0
+            runs.append(tmp_path / f"run{len(runs)}")  # it finished: go on with a fresh one
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+    last = command([*argv, "--out", str(runs[-1])], env=two)
+    assert last.returncode == 0, last.stderr
+    result = json.loads((tmp_path / "whole" / "eval.json").read_text())
+    for run in runs:
+        assert_equal_runs(tmp_path / "whole", run)
+        assert {**json.loads((run / "eval.json").read_text()), "seconds": 0} == {**result, "seconds": 0}
+        assert not list(run.glob("*.tmp"))
+
+
+def test_full_disk(argv, tmp_path):
+    """A write that fails at the second checkpoint: one line, status 2, and the first checkpoint still loads. The limit on
+    a file's size stands for a full disk: it fails in the same write call."""
+    argv = [*argv, "--max_steps", "4", "--checkpoint_every", "2"]
+    first = command([*argv, "--out", str(tmp_path / "size")])
+    assert first.returncode == 0
+    size = (tmp_path / "size" / "state.pt").stat().st_size
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    for name, file in (("run", "state.pt"),):
+        reply = command(argv, preexec_fn=small_files)
+        assert reply.returncode == 2 and file in reply.stderr and "cannot be written" in reply.stderr, reply.stderr
+        assert reply.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in reply.stderr
+        assert not list((tmp_path / name).glob("*.tmp"))
+    assert command(argv).returncode == 0
+    assert_equal_runs(tmp_path / "size", tmp_path / "run")
+
+
+def test_a_read_only_folder(argv, tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    reply = command(argv)
+    assert reply.returncode == 2 and reply.stderr.count("\n") == 1 and str(tmp_path / "run") in reply.stderr
+
+
+def test_corrupt_and_foreign_run_folders(argv, tmp_path):
+    run = tmp_path / "run"
+    c = train.parse_config([*argv, "--max_steps", "2"])
+    train.train(c)
+    (run / "eval.json").unlink()
+
+    def refused(match):
+        with pytest.raises(BadInput, match=match) as error:
+            train.train(c)
+        assert "\n" not in str(error.value)
+    state = (run / "state.pt").read_bytes()
+    (run / "state.pt").write_bytes(state[:len(state) // 2])
+    refused("state.pt: damaged")
+    (run / "state.pt").write_bytes(state)
+    record = (run / "run.json").read_text()
+    (run / "run.json").write_text(record[:50])
+    refused("run.json: not valid JSON")
+    (run / "run.json").write_text("{}")
+    refused("run.json: not written by this program")
+    files = json.loads(record)
+    files["files"] = {path: "0" * 64 for path in files["files"]}
+    (run / "run.json").write_text(json.dumps(files))
+    refused("holds a run on other data")
+    (run / "run.json").unlink()
+    refused("not empty and not a run folder")
+    assert (run / "state.pt").read_bytes() == state  # nothing was lost on the way
+    (run / "run.json").write_text(record)
+    assert train.train(c)["n"] == 12
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags,message", [
+    ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
+    ("--batch 4", "unrecognized arguments: --batch 4"),  # no guessing at abbreviations
+    ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+    ("--passes two", "argument --passes: invalid choice: 'two'"),
+    ("--lam 0 --k 3 --alpha 0.5", "--k has no effect with --lam 0; --alpha has no effect with --lam 0"),
+    ("--lam 0 --gamma 0", "nothing to train on"),
+    ("--lam -1", "--lam -1.0: must be a number, 0 or more"),
+    ("--lam nan", "--lam nan: must be a number"),
+    ("--lr inf", "--lr inf: must be a number above 0"),
+    ("--epochs 0", "--epochs 0: must be at least 1"),
+    ("--alpha 1", "--alpha 1.0: must be at least 0 and below 1"),
+    ("--vocab_size 100", "--vocab_size 100: must be at least 256"),
+    ("--temperature 0.1", "--temperature has no effect without --distance infonce"),
+    ("--distance infonce --micro_batch 4", "negatives from the whole batch"),
+    ("--k 0 --pred_first", "--pred_first has no effect with --k 0"),
+    ("--passes three --row_len 100", "--row_len has no effect with --passes three"),
+    ("--test_file x.jsonl", "--test_file has no effect with a published dataset"),
+    ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
+    ("--dataset x.jsonl --eval_split valid --test_file y", "--test_file has no effect with --eval_split valid"),
+    ("--dataset x.jsonl --eval_split valid --data_dir y", "--data_dir has no effect with a dataset of your own"),
+    ("--batch_size 4 --micro_batch 8", "--micro_batch 8 is more than --batch_size 4"),
+])
+def test_wrong_settings(flags, message):
+    with pytest.raises(BadInput) as error:
+        train.parse_config(flags.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_device():
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="--device cuda: not available here"):
+            train.parse_config(["--device", "cuda"])
+
+
+@pytest.mark.parametrize("flags", ["--dim 30 --n_heads 4", "--dim 20 --n_heads 4", "--n_kv_heads 3"])
+def test_wrong_shapes(flags):
+    with pytest.raises(BadInput, match="--dim|--n_kv_heads"):
+        train.model_config(train.parse_config(flags.split()), 300)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--dataset", "nlrx_sinth"], "--dataset nlrx_sinth: not a known dataset"),
+    (["--lam", "0", "--k", "2"], "--k has no effect with --lam 0"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["--dataset", "nowhere.jsonl", "--eval_split", "valid"], "nowhere.jsonl: no such file"),
+    (["--n_train", "9000"], "--n_train 9000: ")])
+def test_the_program_says_it_in_one_line(arguments, message, tmp_path):
+    reply = command([*arguments, "--data_dir", str(tmp_path)] if "nowhere.jsonl" not in arguments else arguments, cwd=tmp_path)
+    assert reply.returncode == 2 and reply.stderr.startswith("error: ") and message in reply.stderr
+    assert reply.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_defaults_are_the_paper_s_objective():
+    c = train.parse_config([])
+    assert (c.lam, c.k, c.distance, c.passes, c.alpha, c.train_eos, c.ntp_on) == (1.0, 1, "cosine", "fused", 0.0, True, "all")
+    assert c.out == os.path.join("runs", "nlrx_synth")
+    assert train.parse_config(["--lam", "0", "--seed", "23"]).out == os.path.join("runs", "nlrx_synth-lam0.0-seed23")
+
+
+def test_help_names_every_setting():
+    reply = command(["--help"])
+    assert reply.returncode == 0 and all(f"--{name} " in reply.stdout or f"--{name}," in reply.stdout
+                                         for name in train.asdict(train.Config()))
+
+
+def test_learning_rate():
+    c = train.parse_config(["--lr", "1", "--warmup", "0.1"])
+    rates = [train.lr_at(step, 100, c) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0 <= rates[-1] < 0.001
+    assert rates[55] == pytest.approx(0.5, abs=1e-12)
