@@ -35,7 +35,7 @@ import nlrx
 from files import BadInput, atomic, main_guard, read_json, write_text
 from jepa_loss import dense_mask
 
-# ---- datasets --------------------------------------------------------------------------------------------------------
+# ---- datasets ----------------------------------------------------------------------------------------------
 
 BASE_URL = ("https://raw.githubusercontent.com/galilai-group/llm-jepa/"
             "6d7d0d1f296441beff39a95c801db7f683e3b353/datasets")
@@ -66,8 +66,8 @@ class Dataset:
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """The examples of a JSONL file: `{"text": ..., "code": ...}` or `{"messages": [...]}` lines, where the user's
-    message is the text and the assistant's the code. BadInput names file and line."""
+    """The examples of a JSONL file: `{"text": ..., "code": ...}` or `{"messages": [...]}` lines, where the
+    user's message is the text and the assistant's the code. BadInput names file and line."""
     path = Path(path)
     examples = []
     try:
@@ -96,17 +96,16 @@ def read_line(line: bytes, where: str) -> Example:
         if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
             raise BadInput(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
         said = Counter(turn["role"] for turn in turns)
-        if said["user"] != 1 or said["assistant"] != 1 or said["system"] > 1 or len(said - Counter(
-                ("user", "assistant", "system"))) > 0:
-            raise BadInput(f"{where}: needs one user and one assistant message (and at most one system message)")
+        if said - Counter(system=1) != Counter(user=1, assistant=1):
+            raise BadInput(f"{where}: needs one user and one assistant message, and no other but a system one")
         content = {turn["role"]: turn.get("content") for turn in turns}
         text, code = content["user"], content["assistant"]
     else:
         text, code = row.get("text"), row.get("code")
     for name, value in (("text", text), ("code", code)):
         if not isinstance(value, str) or not value:
-            raise BadInput(f'{where}: {name} must be a non-empty string; a line is {{"text": ..., "code": ...}} '
-                           'or {"messages": [user, assistant]}')
+            raise BadInput(f"{where}: {name} must be a non-empty string; a line is "
+                           '{"text": ..., "code": ...} or {"messages": [user, assistant]}')
         if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
             raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
     return Example(text, code, where)
@@ -118,7 +117,8 @@ def git_blob_id(content: bytes) -> str:
 
 
 def download(name: str, data_dir: str | Path, base_url: str = BASE_URL) -> None:
-    """Fetch the published files of a dataset into data_dir; a file is there whole and checked, or not at all."""
+    """Fetch the published files of a dataset into data_dir; a file is there whole and checked, or not at
+    all."""
     data_dir = Path(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
     for file_name, blob_id in PUBLISHED[name].values():
@@ -138,16 +138,16 @@ def download(name: str, data_dir: str | Path, base_url: str = BASE_URL) -> None:
             raise BadInput(f"{url}: {error}") from None
         content = b"".join(chunks)
         if git_blob_id(content) != blob_id:
-            raise BadInput(f"{url}: {len(content)} bytes that are not the published file (its git blob id is {blob_id})"
-                           "; nothing was written, try again")
+            raise BadInput(f"{url}: {len(content)} bytes that are not the published file; "
+                           "nothing was written, try again")
         with atomic(path) as temporary:
             temporary.write_bytes(content)
         print(f"{path}: {len(content)} bytes, checked")
 
 
 def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> tuple[Path, Path]:
-    """The embedded nlrx_synth: distinct pairs from the grammar, seed 0, cached under data_dir. The cache carries the
-    first digits of nlrx.py's own sum, so that a changed grammar writes new files."""
+    """The embedded nlrx_synth: distinct pairs from the grammar, seed 0, cached under data_dir. The cache
+    carries the first digits of nlrx.py's own sum, so that a changed grammar writes new files."""
     version = hashlib.sha256(Path(nlrx.__file__).read_bytes()).hexdigest()[:8]
     paths = tuple(data_dir / f"generated_{version}_{split}.jsonl" for split in ("train", "test"))
     if not all(path.exists() for path in paths):
@@ -164,7 +164,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
 
     name        a key of PUBLISHED, or the path of a JSONL file, with test_file beside it
     n_train     use the first n_train training examples; 0: all
-    eval_split  "valid": the last tenth of train is held out and stands in for the test split, which is not read
+    eval_split  "valid": the last tenth of train is held out and stands in for the test split, which is not
+                read
     """
     data_dir, is_regex = Path(data_dir), name in PUBLISHED
     if name in PUBLISHED:
@@ -172,18 +173,21 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
         source = "published"
         for split, path in paths.items():
             if path.exists() and git_blob_id(path.read_bytes()) != PUBLISHED[name][split][1]:
-                raise BadInput(f"{path}: not the published file; move it away and run `python data.py download {name}`")
+                raise BadInput(f"{path}: not the published file; "
+                               f"move it away and run `python data.py download {name}`")
         missing = [path for path in paths.values() if not path.exists()]
         if missing and name == "nlrx_synth" and len(missing) == len(paths):
             paths, source = dict(zip(paths, generated_files(data_dir), strict=True)), "generated"
         elif missing:
-            raise BadInput(f"{missing[0]}: no such file; run `python data.py download {name} --data_dir {data_dir}`")
+            raise BadInput(f"{missing[0]}: no such file; "
+                           f"run `python data.py download {name} --data_dir {data_dir}`")
     elif name.endswith(".jsonl"):
         paths, source = {"train": Path(name), "test": Path(test_file)}, "file"
     else:
-        raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}) and not a .jsonl file")
+        raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
     train = read_jsonl(paths["train"])
-    files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values() if path.is_file()}
+    files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()
+             if path.is_file()}
     if eval_split == "valid":
         cut = len(train) - len(train) // 10
         train, test = train[:cut], train[cut:]
@@ -196,10 +200,11 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
     return Dataset(name, train[:n_train] if n_train else train, test, source, files, is_regex)
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 
-# What may merge decides what the model sees as one thing. Every punctuation mark stands alone: a vocabulary that merges
-# runs of them has tokens like `)&(`, which tie unrelated brackets together and cost 5 points of exact match.
+# What may merge decides what the model sees as one thing. Every punctuation mark stands alone: a vocabulary
+# that merges # runs of them has tokens like `)&(`, which tie unrelated brackets together and cost 5 points of
+# exact match.
 PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
 
@@ -217,10 +222,11 @@ def merge(ids: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, .
 
 
 def train_bpe(texts: list[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Byte-level BPE: from 256 bytes, again and again the most frequent neighbours inside a piece become one token.
+    """Byte-level BPE: from 256 bytes, again and again the most frequent neighbours inside a piece become one
+    token.
 
-    Returns tiktoken's mergeable ranks, at most vocab_size of them (fewer where nothing is left to merge). Pieces are
-    what the pattern cuts; ties go to the pair of lowest ids.
+    Returns tiktoken's mergeable ranks, at most vocab_size of them (fewer where nothing is left to merge).
+    Pieces are what the pattern cuts; ties go to the pair of lowest ids.
     """
     pieces = Counter(piece for text in texts for piece in regex.findall(pattern, text))
     words = {tuple(piece.encode("utf-8")): count for piece, count in pieces.items()}
@@ -254,7 +260,8 @@ class Tokenizer:
         self.begin, self.sep, self.end = range(len(ranks), len(ranks) + 3)
         self.vocab_size = len(ranks) + 3
         special = {"<|begin|>": self.begin, "<|sep|>": self.sep, "<|end|>": self.end}
-        self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; "<|end|>" in it is seven characters, never the special token."""
@@ -270,14 +277,16 @@ class Tokenizer:
         return self.decode([token]).replace(" ", "_")
 
     def save(self, folder: str | Path) -> None:
-        """tokenizer.model in tiktoken's format (base64 of the token, its rank) and the pattern in a JSON file."""
+        """tokenizer.model in tiktoken's format (base64 of the token, its rank) and the pattern in a JSON
+        file."""
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
         write_text(Path(folder) / "tokenizer.model", "".join(lines))
         write_text(Path(folder) / "tokenizer_config.json", json.dumps({"pattern": self.pattern}) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read here, not by tiktoken, whose loader caches a file by its path. BadInput names file and line."""
+        """Read here, not by tiktoken, whose loader caches a file by its path. BadInput names file and
+        line."""
         path = Path(folder) / "tokenizer.model"
         ranks = {}
         try:
@@ -296,7 +305,7 @@ class Tokenizer:
         return cls(ranks, pattern)
 
 
-# ---- one example: views ----------------------------------------------------------------------------------------------
+# ---- one example: views ------------------------------------------------------------------------------------
 
 @dataclass
 class Views:
@@ -308,7 +317,8 @@ class Views:
     enc: list[int]  # the view that is predicted: <|begin|> CODE
 
 
-def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str = "all", train_eos: bool = True,
+def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str = "all",
+                 train_eos: bool = True,
                  pred_first: bool = False, reverse: bool = False) -> Views:
     """The plain format.
 
@@ -337,7 +347,8 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
 
 def render_all(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
                **options) -> list[Views]:
-    """render_views of each. One that is longer than max_seq_len: BadInput, or dropped and counted (on_long="drop")."""
+    """render_views of each. One that is longer than max_seq_len: BadInput, or dropped and counted
+    (on_long="drop")."""
     rendered = []
     for example in examples:
         views = render_views(example, tokenizer, **options)
@@ -350,11 +361,12 @@ def render_all(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, 
     if not rendered:
         raise BadInput(f"every example is longer than the model's context of {max_seq_len} tokens")
     if len(rendered) < len(examples):
-        print(f"dropped {len(examples) - len(rendered)} of {len(examples)} examples: longer than {max_seq_len} tokens")
+        print(f"dropped {len(examples) - len(rendered)} of {len(examples)} examples: "
+              f"longer than {max_seq_len} tokens")
     return rendered
 
 
-# ---- many examples: batches ------------------------------------------------------------------------------------------
+# ---- many examples: batches --------------------------------------------------------------------------------
 
 class Batch:
     def to(self, device: torch.device):
@@ -403,15 +415,16 @@ def count_labels(labels: Tensor) -> int:
 
 
 def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
-    """keep[i]: whether example i has views; loss dropout and lam = 0 take them away. Pads are 0: causal attention and
-    labels keep them out, whatever their id."""
+    """keep[i]: whether example i has views; loss dropout and lam = 0 take them away. Pads are 0: causal
+    attention and labels keep them out, whatever their id."""
     labels = pad([v.labels for v in examples], -100)
     kept = [v for v, kept in zip(examples, keep, strict=True) if kept]
     views = {}
     for name, rows in (("pred", [v.stem + v.preds for v in kept]), ("enc", [v.enc for v in kept])):
         ids = pad(rows, 0) if kept else None
         views[f"{name}_ids"] = ids
-        views[f"{name}_at"] = torch.tensor([b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]) if kept else None
+        views[f"{name}_at"] = torch.tensor([b * ids.shape[1] + len(row) - 1 for b,
+                                            row in enumerate(rows)]) if kept else None
     return ThreePassBatch(pad([v.main for v in examples], 0), labels, **views,
                           n_tokens=count_labels(labels), n_pairs=len(examples))
 
@@ -429,8 +442,8 @@ class Tree:
 
 
 def lay_out(views: Views, keep: bool = True) -> Tree:
-    """Main first, then what the two views add to it. A view that is a prefix of main costs nothing: main is cut behind
-    it, and [PRED] becomes a second branch there; any other view is a root segment of its own."""
+    """Main first, then what the two views add to it. A view that is a prefix of main costs nothing: main is
+    cut behind it, and [PRED] becomes a second branch there; any other view is a root segment of its own."""
     tree = Tree([], list(views.labels), [], [], [])
 
     def add(ids: list[int], parent: int | None = None, position: int = 0) -> int:
@@ -466,7 +479,8 @@ def lay_out(views: Views, keep: bool = True) -> Tree:
 
 
 def pack(lengths: list[int], row_len: int) -> list[list[int]]:
-    """Rows of example numbers, each of at most row_len tokens: longest first, each into the first row with room."""
+    """Rows of example numbers, each of at most row_len tokens: longest first, each into the first row with
+    room."""
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
@@ -479,21 +493,22 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
 
 
 def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> FusedBatch:
-    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: whether example i has views."""
+    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: has example i views?"""
     trees = [lay_out(views, kept) for views, kept in zip(examples, keep, strict=True)]
     lengths = [len(tree.ids) for tree in trees]
     rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
     B, T = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     ids, positions = np.zeros((2, B, T), dtype=np.int64)
     labels = np.full((B, T), -100)
-    segment = np.tile(np.arange(T), (B, 1))  # a pad's segment is its column: no other token's, since a row with n tokens
-    parent = segment.copy()  # before it has at most n segments
+    segment = np.tile(np.arange(T), (B, 1))  # a pad's is its column: n tokens have no segment above n - 1
+    parent = segment.copy()
     pred_at, enc_at = [], []
     for b, row in enumerate(rows):
         start = first = 0  # token, segment
         for i in row:
             tree, end = trees[i], start + lengths[i]
-            ids[b, start:end], labels[b, start:end], positions[b, start:end] = tree.ids, tree.labels, tree.positions
+            ids[b, start:end], labels[b, start:end] = tree.ids, tree.labels
+            positions[b, start:end] = tree.positions
             segment[b, start:end] = np.add(tree.segment, first)
             parent[b, start:end] = np.add(tree.parent, first)
             if tree.pred_at is not None:
@@ -508,8 +523,8 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> 
 
 
 class Sampler:
-    """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16 batches, each
-    pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
+    """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
+    batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
@@ -527,21 +542,24 @@ class Sampler:
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def indices(self, step: int) -> np.ndarray:
-        """Example numbers of step 0, 1, ..., sorted by length; an epoch's last pool may end in a smaller batch."""
+        """Example numbers of step 0, 1, ..., sorted by length; an epoch's last pool may end in a smaller
+        batch."""
         epoch, i = divmod(step, self.steps_per_epoch)
         return self.epoch_batches(epoch)[i]
 
 
 def loss_dropout(n: int, alpha: float, seed: int, step: int) -> list[bool]:
-    """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the others do
-    (the paper's LD, but per example and not per batch). The generator belongs to (seed, step) alone."""
+    """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the
+    others do (the paper's LD, but per example and not per batch). The generator belongs to (seed, step)
+    alone."""
     return (np.random.default_rng([seed, step, 1]).random(n) >= alpha).tolist()
 
 
-# ---- a look at it ----------------------------------------------------------------------------------------------------
+# ---- a look at it ------------------------------------------------------------------------------------------
 
 def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool = False) -> str:
-    """One row of a fused batch as text: token, segment, parent, position, label, and the keys that it sees (#)."""
+    """One row of a fused batch as text: token, segment, parent, position, label, and the keys that it sees
+    (#)."""
     names = [tokenizer.name(token) for token in batch.ids[row].tolist()]
     T, width = len(names), max(map(len, names))
     segment = torch.zeros(1, T, dtype=torch.long) if batch.segment is None else batch.segment[row, None]
@@ -561,7 +579,7 @@ def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch a published dataset, or look at one rendered example.")
+    parser = argparse.ArgumentParser(description="Fetch a published dataset, or look at a rendered example.")
     commands = parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser("download", help="fetch the published files and check them")
     get.add_argument("name", choices=PUBLISHED)
@@ -585,7 +603,8 @@ def main() -> None:
         raise BadInput(f"--index {args.index}: there are {len(data.train)} training examples")
     tokenizer = Tokenizer(train_bpe([t for e in data.train for t in (e.text, e.code)], args.vocab_size))
     example = data.train[args.index]
-    views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first, args.reverse)
+    views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first,
+                         args.reverse)
     print(f"{example.where} ({data.source})\ntext: {example.text}\ncode: {example.code}\n")
     print(picture(collate_fused([views], [True]), tokenizer, colour=sys.stdout.isatty()))
 

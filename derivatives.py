@@ -1,8 +1,8 @@
 r"""Do two regexes describe the same strings? A parser for the dialect of NL-RX, and derivatives.
 
-The dialect is that of dk.brics.automaton: full match, `&` for both, `~` for not; from loose to tight `|`, `&`,
-concatenation, `* + ? {n} {n,} {n,m}`, `~`. Two regexes are compared by their derivatives (Brzozowski 1964): the derivative
-of x by the letter c is what may follow c in x.
+The dialect is that of dk.brics.automaton: full match, `&` for both, `~` for not; from loose to tight `|`,
+`&`, concatenation, `* + ? {n} {n,} {n,m}`, `~`. Two regexes are compared by their derivatives (Brzozowski
+1964): the derivative of x by the letter c is what may follow c in x.
 
     >>> equal("(a|b){2,}", "[ab][ab]+"), equal("~(a)", "[^a]")
     (Verdict(equal=True, witness=None), Verdict(equal=False, witness=''))
@@ -131,7 +131,7 @@ def parse(regex: str) -> Node:
         raise ValueError(f"position {at} of the regex: {error}") from None
 
 
-# ---- the derivatives --------------------------------------------------------------------------------------------
+# ---- the derivatives ---------------------------------------------------------------------------------------
 
 
 class Form:

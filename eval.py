@@ -7,11 +7,12 @@
 Decoding is greedy, in batches, with a key-value cache, in float32 whatever the training ran in. Scores:
 
     exact         the answer is the target, character by character
-    prefix        it starts with the target: what the paper counts in pretraining, blind to a model that never stops
+    prefix        it starts with the target: what the paper counts in pretraining, blind to a model that never
+                  stops
     stopped       it ended by itself, with <|end|>
     exact_unseen  exact, over the test pairs that do not stand in train as they are
-    dfa_equal     (regexes) it describes the same set of strings; what does not parse is wrong, and so is what could not
-                  be decided within bounds (counted as dfa_undecided)
+    dfa_equal     (regexes) it describes the same set of strings; what does not parse is wrong, and so is what
+                  could not be decided within bounds (counted as dfa_undecided)
 """
 import argparse
 import json
@@ -29,7 +30,7 @@ from files import BadInput, main_guard, read_json, write_text
 from jepa_loss import collapse_report, pick
 from model import KVCache, Transformer
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):
@@ -53,24 +54,30 @@ def generate_slow(model: Transformer, prompt: list[int], end: int, max_new_token
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int,
              batch_size: int = 256) -> list[Answer]:
-    """The same answers, in batches of prompts of similar length and with a cache. Answers stop at the model's context."""
+    """The same answers, in batches of prompts of similar length and with a cache. Answers stop at the model's
+    context."""
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
-        for i, answer in zip(chunk, generate_batch(model, [prompts[i] for i in chunk], end, max_new_tokens), strict=True):
+        done = generate_batch(model, [prompts[i] for i in chunk], end, max_new_tokens)
+        for i, answer in zip(chunk, done, strict=True):
             answers[i] = answer
     return answers
 
 
-def generate_batch(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int) -> list[Answer]:
-    """Prompts are padded on the left, so that all rows grow at the same column; a pad is seen by nobody but itself."""
+def generate_batch(model: Transformer, prompts: list[list[int]], end: int,
+                   max_new_tokens: int) -> list[Answer]:
+    """Prompts are padded on the left, so that all rows grow at the same column; a pad is seen by nobody but
+    itself."""
     device, width = model.device, max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, model.config.max_seq_len - width)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
-    first = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]  # (B, 1) column of the first token
+    # (B, 1) column of the first token
+    first = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]
     column = torch.arange(width + max_new_tokens, device=device)
-    cache = KVCache(model.config, len(prompts), width + max_new_tokens, device, model.embed_tokens.weight.dtype)
+    cache = KVCache(model.config, len(prompts), width + max_new_tokens, device,
+                    model.embed_tokens.weight.dtype)
     i, j = column[:width, None], column[:width]
     mask = ((j <= i) & (j >= first[..., None])) | (i == j)  # (B, T, T)
     hidden = model(ids, (column[:width] - first).clamp(min=0), mask[:, None], cache)
@@ -96,7 +103,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, max_n
     return [Answer(w, s) for w, s in zip(written, stopped, strict=True)]
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 def same_language(answer: str, target: str) -> bool | None:
     """Do two regexes describe the same strings? An answer that does not parse: False; undecided: None."""
@@ -107,35 +114,40 @@ def same_language(answer: str, target: str) -> bool | None:
 
 
 def score(examples: list[Example], answers: list[str], stopped: list[bool], seen: set[tuple[str, str]],
-          is_regex: bool = False) -> dict[str, float]:
-    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the training pairs."""
+          is_regex: bool = False) -> dict:
+    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the training
+    pairs."""
     n = len(examples)
-    exact = [answer == e.code for e, answer in zip(examples, answers, strict=True)]
+    pairs = list(zip(examples, answers, strict=True))
+    exact = [answer == e.code for e, answer in pairs]
     unseen = [hit for e, hit in zip(examples, exact, strict=True) if (e.text, e.code) not in seen]
     scores = {"exact": sum(exact) / n,
-              "prefix": sum(answer.startswith(e.code) for e, answer in zip(examples, answers, strict=True)) / n,
+              "prefix": sum(answer.startswith(e.code) for e, answer in pairs) / n,
               "stopped": sum(stopped) / n,
-              "exact_unseen": sum(unseen) / len(unseen) if unseen else math.nan}
+              "exact_unseen": sum(unseen) / len(unseen) if unseen else None}
     if is_regex:
-        same = [same_language(answer, e.code) for e, answer in zip(examples, answers, strict=True)]
+        same = [same_language(answer, e.code) for e, answer in pairs]
         scores |= {"dfa_equal": same.count(True) / n, "dfa_undecided": same.count(None)}
     return scores
 
 
 @torch.inference_mode()
-def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example], **view_options) -> tuple[Tensor, Tensor]:
+def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
+                **view_options) -> tuple[Tensor, Tensor]:
     """pred and enc of every example, each (N, C), from the passes of jepa_loss.three_pass."""
     views = render_all(examples, tokenizer, model.config.max_seq_len, **view_options)
     batch = collate_three(views, [True] * len(views)).to(model.device)
     return pick(model(batch.pred_ids), batch.pred_at), pick(model(batch.enc_ids), batch.enc_at)
 
 
-def answer_texts(model: Transformer, tokenizer: Tokenizer, texts: list[str], max_new_tokens: int) -> list[tuple[str, bool]]:
+def answer_texts(model: Transformer, tokenizer: Tokenizer, texts: list[str],
+                 max_new_tokens: int) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each text, in the plain format."""
     prompts = [[tokenizer.begin, *tokenizer.encode(text), tokenizer.sep] for text in texts]
     longest = max(map(len, prompts))
     if longest >= model.config.max_seq_len:
-        raise BadInput(f"a prompt of {longest} tokens leaves no room in the model's context of {model.config.max_seq_len}")
+        raise BadInput(f"a prompt of {longest} tokens leaves no room to answer in the model's context of "
+                       f"{model.config.max_seq_len}")
     answers = generate(model, prompts, tokenizer.end, max_new_tokens)
     return [(tokenizer.decode(answer.ids), answer.stopped) for answer in answers]
 
@@ -146,7 +158,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
     began = time.perf_counter()
     model.eval()
     test = data.test[:n]
-    answers, stopped = zip(*answer_texts(model, tokenizer, [e.text for e in test], max_new_tokens), strict=True)
+    written = answer_texts(model, tokenizer, [e.text for e in test], max_new_tokens)
+    answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
     result = score(test, answers, stopped, {(e.text, e.code) for e in data.train}, data.is_regex)
     sample = test[:512]
     if len(sample) > 1:
@@ -154,7 +167,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
     model.train()
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
-                     "dataset": data.name, "source": data.source}, list(answers)
+                     "dataset": data.name, "source": data.source}, answers
 
 
 def default_max_new_tokens(tokenizer: Tokenizer, train: list[Example]) -> int:
@@ -162,9 +175,10 @@ def default_max_new_tokens(tokenizer: Tokenizer, train: list[Example]) -> int:
     return math.ceil(1.5 * max(len(tokenizer.encode(e.code)) for e in train))
 
 
-# ---- report ----------------------------------------------------------------------------------------------------------
+# ---- report ------------------------------------------------------------------------------------------------
 
-COLUMNS = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "cos_paired", "cos_shuffled", "retrieval_at_1", "n")
+COLUMNS = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "cos_paired", "cos_shuffled",
+           "retrieval_at_1", "n")
 
 
 def table(results: dict[str, dict]) -> str:
@@ -183,6 +197,14 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def brief(result: dict) -> str:
+    """The first columns in one line."""
+    line = f"exact {result['exact']:.1%}, stopped {result['stopped']:.1%}"
+    if "cos_paired" in result:
+        line += f", cosine {result['cos_paired']:.3f} (shuffled pairs {result['cos_shuffled']:.3f})"
+    return line
+
+
 VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
 
 
@@ -197,14 +219,17 @@ def load_run(folder: str | Path) -> tuple[dict, Transformer, Tokenizer]:
     return settings, Transformer.from_pretrained(folder), Tokenizer.load(folder)
 
 
-def score_run(folder: str | Path, data_dir: str | None, other_source: bool, max_new_tokens: int | None) -> dict:
-    """Score a run on its own test split, or, if the caller insists, on that of another source; write the JSON file."""
+def score_run(folder: str | Path, data_dir: str | None, other_source: bool,
+              max_new_tokens: int | None) -> dict:
+    """Score a run on its own test split, or, if the caller insists, on that of another source; write the JSON
+    file."""
     run = read_json(Path(folder) / "run.json")
     s, model, tokenizer = load_run(folder)
-    data = load_dataset(s["dataset"], data_dir or s["data_dir"], s["test_file"], s["n_train"], s["eval_split"])
+    data = load_dataset(s["dataset"], data_dir or s["data_dir"], s["test_file"], s["n_train"],
+                        s["eval_split"])
     if data.source != run["source"] and not other_source:
-        raise BadInput(f"{folder}: trained on {run['source']} data, but {data_dir or s['data_dir']} holds {data.source} "
-                       "data; pass --other_source if that is what you want to know")
+        raise BadInput(f"{folder}: trained on {run['source']} data, but {data_dir or s['data_dir']} holds "
+                       f"{data.source} data; pass --other_source if that is what you want to know")
     limit = max_new_tokens or s["max_new_tokens"] or default_max_new_tokens(tokenizer, data.train)
     result, _ = evaluate(model, tokenizer, data, {name: s[name] for name in VIEW_OPTIONS}, limit)
     name = "eval.json" if data.source == run["source"] else f"eval_on_{data.source}.json"
@@ -227,7 +252,8 @@ def main() -> None:
             (answer, stopped), = answer_texts(model, tokenizer, [args.prompt], args.max_new_tokens or 256)
             print(answer if stopped else answer + " ... (did not stop)")
         return
-    print(table({run: score_run(run, args.data_dir, args.other_source, args.max_new_tokens) for run in args.runs}))
+    print(table({run: score_run(run, args.data_dir, args.other_source, args.max_new_tokens)
+                 for run in args.runs}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Faults in one place: what a user did wrong, and how a file is written.
 
-Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line that names it
-and says what to do; `main_guard` prints that line and exits with status 2. Every file is written through `atomic`:
-a reader sees the old file or the new one, never a half.
+Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line
+that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
+written through `atomic`: a reader sees the old file or the new one, never a half.
 """
 import contextlib
 import json
@@ -17,7 +17,8 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; it becomes `path` when the block ends, and vanishes when it raises.
+    """Yield a temporary path beside `path`; it becomes `path` when the block ends, and vanishes when it
+    raises.
 
     The temporary name is fixed, so what a killed process left behind is overwritten by the next one.
     Raises OSError (full disk, read-only folder); `path` is untouched then.
@@ -55,7 +56,8 @@ def read_json(path: str | Path) -> dict:
 
 @contextlib.contextmanager
 def main_guard():
-    """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status 2."""
+    """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
+    2."""
     try:
         yield
     except (BadInput, OSError) as error:

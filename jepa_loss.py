@@ -1,20 +1,23 @@
-"""The paper (LLM-JEPA, arXiv 2509.14252): next-token loss plus the prediction of one view's embedding from another's.
+"""The paper (LLM-JEPA, arXiv 2509.14252): next-token loss plus the prediction of one view's embedding from
+another's.
 
     L = L_LLM(Text, Code) + lam * d( Pred(Enc(Text)), Enc(Code) )
 
     ntp              L_LLM: cross-entropy of the next token of Text, Code
-    pick             Enc(x): hidden state, after the final norm, of the last token of x, where x is seen alone;
-                     Pred: the same of the last of k tokens [PRED] that continue Text
+    pick             Enc(x): hidden state, after the final norm, of the last token of x, where x is seen
+                     alone; Pred: the same of the last of k tokens [PRED] that continue Text
     cosine, l2, ...  d
-    three_pass       both terms as the paper writes them: one forward for L_LLM, one for Text [PRED], one for Code
+    three_pass       both terms as the paper writes them: one forward for L_LLM, one for Text [PRED], one for
+                     Code
     fused            both terms from one forward of one row, where a mask keeps the views apart
 
 But, unlike the paper's text:
-- a loss is a sum and a count, divided once per optimizer step, so micro-batches and ranks add up to the big batch;
+- a loss is a sum and a count, divided once per optimizer step, so micro-batches and ranks add up to the big
+  batch;
 - Text is a prefix of "Text, Code", so in the fused pass Enc(Text) is free and [PRED] continues it in place.
 
-`model` is any callable `model(ids, positions, mask) -> hidden` with `model.head(hidden) -> logits` (model.py).
-Letters: B rows, T tokens in a row, C width, V vocabulary, N pairs (Text, Code).
+`model` is any callable `model(ids, positions, mask) -> hidden` with `model.head(hidden) -> logits`
+(model.py). Letters: B rows, T tokens in a row, C width, V vocabulary, N pairs (Text, Code).
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,7 +28,8 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """Sums over a (micro-)batch and what to divide them by: ntp_sum / n_tokens and jepa_sum / n_pairs are the means."""
+    """Sums over a (micro-)batch and what to divide them by: ntp_sum / n_tokens and jepa_sum / n_pairs are the
+    means."""
     ntp_sum: Tensor
     n_tokens: int
     jepa_sum: Tensor
@@ -33,18 +37,19 @@ class Losses(NamedTuple):
 
 
 def total_loss(losses: Losses, n_tokens: int, n_pairs: int, lam: float, gamma: float = 1.0) -> Tensor:
-    """L of one optimizer step, or the part of it that one micro-batch adds: the counts are those of the whole step."""
+    """L of one optimizer step, or the part of it that one micro-batch adds: the counts are those of the whole
+    step."""
     loss = gamma * losses.ntp_sum / n_tokens
     return loss + lam * losses.jepa_sum / n_pairs if lam else loss
 
 
-# ---- the two terms ---------------------------------------------------------------------------------------------------
+# ---- the two terms -----------------------------------------------------------------------------------------
 
 def ntp(head: Callable, hidden: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) in float32 at least, over the positions that have one.
 
-    hidden (B, T, C); labels (B, T): the id that this very position must predict (already shifted), -100 for none.
-    Only those positions go through the head.
+    hidden (B, T, C); labels (B, T): the id that this very position must predict (already shifted), -100 for
+    none. Only those positions go through the head.
     """
     at = (labels.flatten() != -100).nonzero().squeeze(1)  # (M,)
     logits = head(pick(hidden, at))  # (M, V)
@@ -82,8 +87,9 @@ def mse(pred: Tensor, enc: Tensor) -> Tensor:
 
 
 def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
-    """-log softmax of cos(pred_i, enc_j) / temperature at j = i: the other pairs of the batch are the negatives
-    (the paper's ablation; arXiv 1807.03748). Only for whole batches: micro-batches would change the negatives."""
+    """-log softmax of cos(pred_i, enc_j) / temperature at j = i: the other pairs of the batch are the
+    negatives (the paper's ablation; arXiv 1807.03748). Only for whole batches: micro-batches would change the
+    negatives."""
     similarity = F.normalize(wide(pred), dim=-1) @ F.normalize(wide(enc), dim=-1).T / temperature  # (N, N)
     return F.cross_entropy(similarity, torch.arange(len(pred), device=pred.device), reduction="sum")
 
@@ -91,7 +97,7 @@ def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
 
 
-# ---- slow and plain: three passes ------------------------------------------------------------------------------------
+# ---- slow and plain: three passes --------------------------------------------------------------------------
 
 def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
     """Both terms from three causal, right-padded batches (data.ThreePassBatch).
@@ -109,19 +115,19 @@ def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
     return Losses(ntp_sum, batch.n_tokens, distance(pred, enc), batch.n_pairs)
 
 
-# ---- fast: one pass over a row whose segments form a tree ------------------------------------------------------------
+# ---- fast: one pass over a row whose segments form a tree --------------------------------------------------
 #
 #     tokens     b t1 t2 | s c1 c2 e | P1 P2 | b c1 c2 |  (next example) ...  | pad
 #     segment    0 0  0    1 1  1  1   2  2    3 3  3      4 ...                each pad its own
 #     parent     0 0  0    0 0  0  0   0  0    3 3  3      4 ...
 #     position   0 1  2    3 4  5  6   3  4    0 1  2      0 ...
 #
-# A query sees its own segment and its parent's, up to itself. So CODE and [PRED] both continue TEXT without seeing each
-# other, and the second CODE, a root, sees itself alone: Enc(Code). A root's parent is itself.
+# A query sees its own segment and its parent's, up to itself. So CODE and [PRED] both continue TEXT without
+# seeing each # other, and the second CODE, a root, sees itself alone: Enc(Code). A root's parent is itself.
 
 def visible(segment: Tensor, parent: Tensor) -> Callable:
-    """The rule of the single pass, as a FlexAttention `mask_mod(b, h, i, j)`: does query i see key j in row b?
-    segment, parent (B, T). No query is blind: each sees itself."""
+    """The rule of the single pass, as a FlexAttention `mask_mod(b, h, i, j)`: does query i see key j in row
+    b? segment, parent (B, T). No query is blind: each sees itself."""
     def mask_mod(b, h, i, j):
         return (j <= i) & ((segment[b, j] == segment[b, i]) | (segment[b, j] == parent[b, i]))
     return mask_mod
@@ -138,8 +144,8 @@ def dense_mask(segment: Tensor, parent: Tensor) -> Tensor:
 def fused(model: Callable, batch, distance: Callable = cosine) -> Losses:
     """Both terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients.
 
-    ids, labels, positions, segment, parent (B, T); pred_at, enc_at (N,). Rows of one segment each (lam = 0, one example
-    a row) have segment None and are plainly causal.
+    ids, labels, positions, segment, parent (B, T); pred_at, enc_at (N,). Rows of one segment each (lam = 0,
+    one example a row) have segment None and are plainly causal.
     """
     mask = None if batch.segment is None else dense_mask(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
@@ -150,10 +156,11 @@ def fused(model: Callable, batch, distance: Callable = cosine) -> Losses:
     return Losses(ntp_sum, batch.n_tokens, distance(pred, enc), batch.n_pairs)
 
 
-# ---- did the embeddings collapse? ------------------------------------------------------------------------------------
+# ---- did the embeddings collapse? --------------------------------------------------------------------------
 
 def rank_me(x: Tensor) -> float:
-    """RankMe (arXiv 2210.02885): exp of the entropy of the singular values' shares, between 1 (collapsed) and min(N, C)."""
+    """RankMe (arXiv 2210.02885): exp of the entropy of the singular values' shares, between 1 (collapsed) and
+    min(N, C)."""
     singular = torch.linalg.svdvals(x.double())
     share = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))

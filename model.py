@@ -1,13 +1,14 @@
-"""The transformer: Llama (arXiv 2302.13971), the same function as `transformers.LlamaForCausalLM`, in one file.
+"""The transformer: Llama (arXiv 2302.13971), the same function as `transformers.LlamaForCausalLM`.
 
 Tensor names are those of a Hugging Face Llama checkpoint, so loading and saving need no table. But:
-- `forward` returns hidden states, not logits: LLM-JEPA needs the hidden states of all views and the logits of few positions;
+- `forward` returns hidden states, not logits: LLM-JEPA needs the hidden states of all views and the logits of
+  few positions;
 - `positions` and `mask` come from the caller: in the fused pass a row is a tree of segments, not a line;
-- predictor tokens [PRED] are no vocabulary entries: ids V .. V+k-1 read rows of `pred_embedding`, so the head cannot
-  emit them and an exported checkpoint has the vocabulary of its base model.
+- predictor tokens [PRED] are no vocabulary entries: ids V .. V+k-1 read rows of `pred_embedding`, so the head
+  cannot emit them and an exported checkpoint has the vocabulary of its base model.
 
-Letters: B rows, T tokens in a row, S keys (cached ones included), C width, H heads, K key-value heads, D head width,
-V vocabulary, k predictor tokens.
+Letters: B rows, T tokens in a row, S keys (cached ones included), C width, H heads, K key-value heads, D head
+width, V vocabulary, k predictor tokens.
 """
 import json
 import math
@@ -40,16 +41,19 @@ class ModelConfig:
     tie_embeddings: bool = True  # tie_word_embeddings
 
 
-HF_NAMES = dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+HF_NAMES = dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
+                n_heads="num_attention_heads",
                 n_kv_heads="num_key_value_heads", head_dim="head_dim", ffn_dim="intermediate_size",
                 max_seq_len="max_position_embeddings", rope_theta="rope_theta", rope_scaling="rope_scaling",
                 norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
 
 PRESETS = {
     "nano": dict(),  # the defaults above: about 3.5 M parameters
-    "llama-3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192, max_seq_len=131072,
+    "llama-3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
+                         max_seq_len=131072,
                          rope_theta=500000.0, tie_embeddings=True,
-                         rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                         rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0,
+                                           high_freq_factor=4.0,
                                            original_max_position_embeddings=8192)),
 }
 
@@ -67,8 +71,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians per position, (D/2,). With Llama 3.1's scaling, wavelengths beyond the original context are stretched by
-    `factor`, short ones stay, and those between are interpolated."""
+    """Radians per position, (D/2,). With Llama 3.1's scaling, wavelengths beyond the original context are
+    stretched by `factor`, short ones stay, and those between are interpolated."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
@@ -87,19 +91,21 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (B, H, T, D), in the half-split convention of Hugging Face checkpoints:
-    component d is paired with d + D/2, not with its neighbour."""
+    """Rotary embedding (arXiv 2104.09864) of x (B, H, T, D), in the half-split convention of Hugging Face
+    checkpoints: component d is paired with d + D/2, not with its neighbour."""
     cos, sin = (table.to(x.dtype) for table in rope)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: `length` of `capacity` places are filled, in every row alike."""
+    """Keys and values of the tokens seen so far: `length` of `capacity` places are filled, in all rows."""
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device,
+                 dtype: torch.dtype):
         shape = (rows, config.n_kv_heads, capacity, config.head_dim)
-        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(config.n_layers)]
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+                       for _ in range(config.n_layers)]
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -115,7 +121,9 @@ class KVCache:
 
 
 def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over the keys that the mask shows (None: causal). q (B, H, T, D); k, v (B, K, S, D)."""
+    """softmax(q k' / sqrt(D)) v over the keys that the mask shows (None: causal).
+
+    q (B, H, T, D); k, v (B, K, S, D); each key-value head serves H / K query heads."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -124,8 +132,8 @@ def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same, by PyTorch's kernels, which never hold (T, S) scores. But on a CPU their bfloat16 backward takes three
-    times as long as the five lines above (PyTorch 2.13), at the few dozen tokens of our rows."""
+    """The same, by PyTorch's kernels, which never hold (T, S) scores. But on a CPU their bfloat16 backward
+    takes three times as long as the five lines above (PyTorch 2.13), at the few dozen tokens of our rows."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_by_hand(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
@@ -144,7 +152,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -177,7 +186,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -185,8 +195,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`model(ids, positions, mask)` gives hidden states after the final norm, `model.head(hidden)` logits.
 
-    Weights depend on (config, seed) alone; the k rows of `pred_embedding` come from a generator of their own, so that
-    k changes no other weight.
+    Weights depend on (config, seed) alone; the k rows of `pred_embedding` come from a generator of their own,
+    so that k changes no other weight.
     """
 
     def __init__(self, config: ModelConfig, k: int = 0, seed: int = 0):
@@ -204,8 +214,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal with deviation 0.02; the two matrices of a block that write to the residual stream are scaled down by
-        the root of their number, as in GPT-2, so that its variance does not grow with depth."""
+        """Normal with deviation 0.02; the two matrices of a block that write to the residual stream are
+        scaled down by the root of their number, as in GPT-2, so that its variance does not grow with
+        depth."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
@@ -252,7 +263,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""
-        return F.linear(hidden, self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight)
+        tied = self.config.tie_embeddings
+        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
 
     @property
     def device(self) -> torch.device:
@@ -262,10 +274,12 @@ class Transformer(nn.Module):
         return sum(weight.numel() for weight in self.parameters())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as Hugging Face has them, and pred_embedding.safetensors if k > 0."""
+        """Write config.json and model.safetensors as Hugging Face has them, and pred_embedding.safetensors if
+        k > 0."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in self.named_parameters()}
+        weights = dict(self.named_parameters())
+        tensors = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in weights.items()}
         pred = tensors.pop("model.pred_embedding", None)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         write_text(folder / "config.json", json.dumps(hf_config(self.config, dtype), indent=2) + "\n")
@@ -282,7 +296,7 @@ class Transformer(nn.Module):
         if pred_file.exists():
             pred = load_tensors(pred_file).get("pred_embedding")
             if pred is None or pred.dim() != 2 or pred.shape[1] != model.config.dim:
-                raise BadInput(f"{pred_file}: expected one tensor pred_embedding of shape (k, {model.config.dim})")
+                raise BadInput(f"{pred_file}: expected a tensor pred_embedding (k, {model.config.dim})")
             model.pred_embedding = nn.Parameter(pred)
         path = folder / "model.safetensors"
         tensors = load_tensors(path)
@@ -291,13 +305,13 @@ class Transformer(nn.Module):
                 continue
             tensor = tensors.pop(hf_name(name), None)
             if tensor is None:
-                raise BadInput(f"{path}: tensor {hf_name(name)} is missing; is config.json that of another model?")
+                raise BadInput(f"{path}: tensor {hf_name(name)} is missing; is config.json another model's?")
             if tensor.shape != weight.shape:
                 raise BadInput(f"{path}: tensor {hf_name(name)} has shape {tuple(tensor.shape)}, "
                                f"config.json asks for {tuple(weight.shape)}")
             weight.data = tensor
         if tensors:
-            raise BadInput(f"{path}: unknown tensor {min(tensors)}; is config.json that of another model?")
+            raise BadInput(f"{path}: unknown tensor {min(tensors)}; is config.json another model's?")
         return model
 
 
@@ -308,7 +322,8 @@ def hf_name(name: str) -> str:
 def hf_config(config: ModelConfig, dtype: str) -> dict:
     """What config.json holds, for `transformers.AutoModelForCausalLM`."""
     ours = asdict(config)
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "attention_bias": False,
             "mlp_bias": False, "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None,
             **{theirs: ours[name] for name, theirs in HF_NAMES.items()}}
 

@@ -1,13 +1,14 @@
 r"""NL-RX: the grammar that writes (text, code) pairs.
 
-Mirrors the synthetic corpus of Locascio et al. 2016 (arXiv 1608.03000): one random tree, read twice, as English (text)
-and as a regex (code). What was published of it is the dataset nlrx_synth; derivatives.py judges answers.
+Mirrors the synthetic corpus of Locascio et al. 2016 (arXiv 1608.03000): one random tree, read twice, as
+English (text) and as a regex (code). What was published of it is the dataset nlrx_synth; derivatives.py
+judges answers.
 
     >>> generate(1)
     [("lines with a number before the string 'dog', 5 or more times", '([0-9]).*((dog){5,}).*')]
 
-But: the authors drew 600,000 trees of depth 2; here all such trees are listed with their probabilities, which gives the
-same law, sooner and from fewer random numbers.
+But: the authors drew 600,000 trees of depth 2; here all such trees are listed with their probabilities, which
+gives the same law, sooner and from fewer random numbers.
 """
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Train LLM-JEPA from scratch: settings, the loop, resume.
 
-    python train.py --dataset nlrx_synth                    LLM-JEPA with all defaults, on generated data if need be
+    python train.py --dataset nlrx_synth                    LLM-JEPA with all defaults
     python train.py --dataset nlrx_synth --lam 0            the baseline: plain next-token training
-    python train.py --dataset nlrx_synth --passes three     the three passes of the paper instead of the fused one
+    python train.py --dataset nlrx_synth --passes three     the paper's three passes, not the fused one
     python train.py --dataset my.jsonl --test_file my_test.jsonl
 
-A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt (the last
-checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and eval.json. The same
-command started again goes on where the last checkpoint left it, and ends with the same weights, bit for bit on a CPU:
-nothing in a run depends on anything but (seed, step).
+A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt
+(the last checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and
+eval.json. The same command started again goes on where the last checkpoint left it, and ends with the same
+weights, bit for bit on a CPU: nothing in a run depends on anything but (seed, step).
 """
 import argparse
 import dataclasses
@@ -26,14 +26,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three, load_dataset, loss_dropout
-from data import render_all, train_bpe
-from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate, table
+from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three
+from data import load_dataset, loss_dropout, render_all, train_bpe
+from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, atomic, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 
 def opt(default, help: str):
@@ -48,8 +48,8 @@ class Config:
     data_dir: str = opt("data", "where the published files are")
     test_file: str = opt("", "the test split of a dataset of your own")
     n_train: int = opt(0, "train on the first N examples; 0: all")
-    eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, which is held out")
-    on_long: Literal["error", "drop"] = opt("error", "what to do with an example longer than the model's context")
+    eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, held out")
+    on_long: Literal["error", "drop"] = opt("error", "an example longer than the model's context")
     vocab_size: int = opt(512, "at most so many byte-level BPE tokens, trained on the train split")
     # model
     preset: Literal[tuple(PRESETS)] = opt("nano", "shape of the model")
@@ -101,8 +101,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """A valid Config from the command line. BadInput names everything that is wrong with it, in one line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     hints = get_type_hints(Config)
     for f in dataclasses.fields(Config):
         hint, extra = hints[f.name], {}
@@ -126,11 +126,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def check(c: Config, given: set[str]) -> list[str]:
-    """What is wrong with the settings: values out of range, contradictions, and flags given that would do nothing."""
+    """What is wrong with the settings: values out of range, contradictions, flags that would do nothing."""
     problems = [f"--{name} {getattr(c, name)}: must be {what}" for what, test, names in (
         ("at least 1", lambda x: x >= 1, ("epochs", "batch_size", "log_every")),
-        ("0 or more", lambda x: x >= 0, ("n_train", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "k", "max_steps",
-                                         "micro_batch", "row_len", "checkpoint_every", "max_new_tokens", "seed")),
+        ("0 or more", lambda x: x >= 0, (
+            "n_train", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "k", "max_steps", "micro_batch",
+            "row_len", "checkpoint_every", "max_new_tokens", "seed")),
         ("a number, 0 or more", lambda x: 0 <= x < math.inf, ("lam", "gamma", "weight_decay")),
         ("a number above 0", lambda x: 0 < x < math.inf, ("temperature", "lr", "clip")),
         ("at least 0 and below 1", lambda x: 0 <= x < 1, ("alpha", "warmup", "beta1", "beta2")),
@@ -148,7 +149,7 @@ def check(c: Config, given: set[str]) -> list[str]:
     elif c.distance != "infonce":
         inert(("temperature",), "without --distance infonce")
     elif c.micro_batch:
-        problems.append("--distance infonce takes its negatives from the whole batch: leave --micro_batch out")
+        problems.append("--distance infonce takes its negatives from the whole batch: drop --micro_batch")
     if not c.k and c.lam:
         inert(("pred_first",), "with --k 0")
     if c.passes == "three":
@@ -172,8 +173,8 @@ def describe(c: Config) -> str:
     parts = [Path(c.dataset).stem]
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
-        if value != f.default and f.name not in ("dataset", "data_dir", "test_file", "device", "out") and not (
-                f.name == "k" and not c.lam):
+        unnamed = ("dataset", "data_dir", "test_file", "device", "out", "" if c.lam else "k")
+        if value != f.default and f.name not in unnamed:
             parts.append(f.name + str(value))
     return "-".join(parts)
 
@@ -181,19 +182,20 @@ def describe(c: Config) -> str:
 def model_config(c: Config, vocab_size: int) -> ModelConfig:
     """The preset with the shapes that the user gave."""
     shape = dict(PRESETS[c.preset])
-    shape |= {name: getattr(c, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim") if getattr(c, name)}
+    shape |= {name: getattr(c, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
+              if getattr(c, name)}
     config = ModelConfig(vocab_size=vocab_size, **shape)
     if c.dim or c.n_heads:
         config.head_dim = config.dim // config.n_heads
         config.n_kv_heads = c.n_kv_heads or config.n_heads
     if config.head_dim * config.n_heads != config.dim or config.head_dim % 2:
-        raise BadInput(f"--dim {config.dim} --n_heads {config.n_heads}: each head must have the same, even width")
+        raise BadInput(f"--dim {config.dim} --n_heads {config.n_heads}: heads must have the same, even width")
     if config.n_heads % config.n_kv_heads:
         raise BadInput(f"--n_kv_heads {config.n_kv_heads} does not divide --n_heads {config.n_heads}")
     return config
 
 
-# ---- device ----------------------------------------------------------------------------------------------------------
+# ---- device ------------------------------------------------------------------------------------------------
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
@@ -202,24 +204,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Does the processor multiply bfloat16 itself? Where it does not, PyTorch emulates, slower than float32."""
+    """Does the processor multiply bfloat16 itself? Emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
+                                        for name in ("avx512_bf16", "amx_bf16"))
 
 
-# ---- one step --------------------------------------------------------------------------------------------------------
+# ---- one step ----------------------------------------------------------------------------------------------
 
 class Step(nn.Module):
-    """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it would keep
-    stale bfloat16 copies of the weights."""
+    """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it
+    would keep stale bfloat16 copies of the weights."""
 
     def __init__(self, model: Transformer, c: Config, dtype: str):
         super().__init__()
         self.model, self.dtype = model, dtype
         self.passes = three_pass if c.passes == "three" else fused
-        self.distance = partial(DISTANCES["infonce"], temperature=c.temperature) if c.distance == "infonce" else (
-            DISTANCES[c.distance])
+        self.distance = DISTANCES[c.distance]
+        if c.distance == "infonce":
+            self.distance = partial(self.distance, temperature=c.temperature)
 
     def forward(self, batch) -> Losses:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -251,13 +255,13 @@ def lr_at(step: int, total: int, c: Config) -> float:
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-# ---- the run folder --------------------------------------------------------------------------------------------------
+# ---- the run folder ----------------------------------------------------------------------------------------
 
 def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
-        reply = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
-                               text=True, timeout=10)
+        reply = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
+                               capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return reply.stdout.strip() or None
@@ -266,8 +270,9 @@ def git_commit() -> str | None:
 def open_run(c: Config, data: Dataset, dtype: str, device: torch.device) -> dict:
     """Make the run folder, or recognise it: what run.json holds. BadInput if it is another run's."""
     folder = Path(c.out)
-    record = {"config": asdict(c), "source": data.source, "files": data.files, "dtype": dtype, "device": str(device),
-              "git_commit": git_commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    record = {"config": asdict(c), "source": data.source, "files": data.files, "dtype": dtype,
+              "device": str(device), "git_commit": git_commit(),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if not (folder / "run.json").exists():
         if folder.exists() and any(folder.iterdir()):
             raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
@@ -283,7 +288,7 @@ def open_run(c: Config, data: Dataset, dtype: str, device: torch.device) -> dict
     if different:
         raise BadInput(f"{folder} holds a run with {', '.join(different)}; choose another --out")
     if list(old["files"].values()) != list(data.files.values()):
-        raise BadInput(f"{folder} holds a run on other data ({old.get('source')}: {', '.join(old['files'])}); "
+        raise BadInput(f"{folder} holds a run on other data ({', '.join(old['files'])}); "
                        "choose another --out")
     return old
 
@@ -303,7 +308,8 @@ def load_state(folder: Path, device: torch.device) -> dict | None:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
-        raise BadInput(f"{path}: damaged ({str(error).splitlines()[0]}); move the folder away and start again") from None
+        raise BadInput(f"{path}: damaged ({str(error).splitlines()[0]}); "
+                       "move the folder away and start again") from None
 
 
 class Metrics:
@@ -322,7 +328,7 @@ class Metrics:
         return self.file.tell()
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds."""
@@ -356,8 +362,9 @@ def train(c: Config) -> dict:
     step_losses = Step(model, c, run["dtype"])
     if compiled:
         step_losses = torch.compile(step_losses, dynamic=True)
-    print(f"{model.n_params():,} parameters, {len(examples)} examples, {total} steps on {device} in {run['dtype']}"
-          f"{', compiled' if compiled else ''}; run folder {folder}{f', from step {start}' if start else ''}")
+    print(f"{model.n_params():,} parameters, {len(examples)} examples, {total} steps on {device} in "
+          f"{run['dtype']}{', compiled' if compiled else ''}; run folder {folder}"
+          f"{f', from step {start}' if start else ''}", flush=True)
 
     bar = tqdm(range(start, total), initial=start, total=total, disable=None, unit="step", dynamic_ncols=True)
     clock, clock_tokens = time.perf_counter(), n_tokens_seen
@@ -376,7 +383,8 @@ def train(c: Config) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
         done, n_examples, n_tokens_seen = step + 1, n_examples + n_pairs, n_tokens_seen + n_tokens
-        where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples, "tokens": n_tokens_seen}
+        where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples,
+                 "tokens": n_tokens_seen}
         if done % c.log_every == 0 or done == total:
             ntp, jepa, now = float(ntp), float(jepa), time.perf_counter()  # waits for the device
             metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
@@ -387,11 +395,11 @@ def train(c: Config) -> dict:
         if done % sampler.steps_per_epoch == 0 and done < total:
             look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
             metrics.write(where | {"look": look})
-            tqdm.write(f"epoch {done // sampler.steps_per_epoch}: a look at 200 test items: exact {look['exact']:.1%}, "
-                       f"stopped {look['stopped']:.1%}, cosine {look['cos_paired']:.3f} (shuffled {look['cos_shuffled']:.3f})")
+            tqdm.write(f"epoch {where['epoch']:.0f}, {look['n']} {c.eval_split} items: {brief(look)}")
         if done % every == 0 or done == total:
-            save_state(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                                "examples": n_examples, "tokens": n_tokens_seen, "metrics_size": metrics.size()})
+            save_state(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                "step": done, "examples": n_examples, "tokens": n_tokens_seen,
+                                "metrics_size": metrics.size()})
     return finish(folder, model, tokenizer, data, options, limit)
 
 
@@ -406,7 +414,8 @@ def announce(data: Dataset) -> None:
         print(f"  {path} sha256 {digest[:12]}")
 
 
-def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict, limit: int) -> dict:
+def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict,
+           limit: int) -> dict:
     """Write the model and its score on the whole test split; print five answers."""
     model.save_pretrained(folder)
     tokenizer.save(folder)
@@ -421,7 +430,8 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 def main() -> None:
     c = parse_config()
     result = train(c)
-    print(f"\n{result['dataset']} ({result['source']} data), {result['n']} test items\n" + table({c.out: result}))
+    print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
+    print(table({c.out: result}))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 from data import Example, Tokenizer, train_bpe  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
-PAIRS = [("lines with a vowel", "[AEIOUaeiou]"), ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),
-         ("a", "b"), ("lines not ending with a capital letter", "~((.*)([A-Z]))"), ("starting with x", "(x)(.*)")]
+PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
+         ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),
+         ("a", "b"), ("lines not ending with a capital letter", "~((.*)([A-Z]))"),
+         ("starting with x", "(x)(.*)")]
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,8 @@ def examples() -> list[Example]:
 def tiny(tokenizer):
     """A function k -> small float64 model, large enough weights for every path to matter."""
     def make(k: int = 1, **shape) -> Transformer:
-        config = ModelConfig(tokenizer.vocab_size, **{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
+        config = ModelConfig(tokenizer.vocab_size,
+                             **{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
                                                              ffn_dim=48), **shape})
         model = Transformer(config, k, seed=3).double()
         with torch.no_grad():

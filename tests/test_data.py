@@ -1,4 +1,5 @@
-"""data.py: a rendered example as literals, batches, the tokenizer against tiktoken, steps, files and downloads."""
+"""data.py: a rendered example as literals, batches, the tokenizer against tiktoken, steps, files and
+downloads."""
 import functools
 import http.server
 import json
@@ -13,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset, loss_dropout, merge, pack
-from data import picture, read_jsonl, render_all, render_views, train_bpe
+from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset, loss_dropout
+from data import merge, pack, picture, read_jsonl, render_all, render_views, train_bpe
 from files import BadInput
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
 
-# ---- one example, id by id -------------------------------------------------------------------------------------------
+# ---- one example, id by id ---------------------------------------------------------------------------------
 
-BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # every byte a token: begin 256, sep 257, end 258, [PRED] 259 ...
+# every byte a token: begin 256, sep 257, end 258, [PRED] 259 ...
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 PAIR = Example("ab", "xyz")
 BEGIN, SEP, END, P1, P2 = 256, 257, 258, 259, 260
 A, B, X, Y, Z = b"abxyz"
@@ -30,14 +32,16 @@ A, B, X, Y, Z = b"abxyz"
 def test_views_of_an_example():
     views = render_views(PAIR, BYTES, k=2)
     assert views.main == [BEGIN, A, B, SEP, X, Y, Z, END]
-    assert views.labels == [A, B, SEP, X, Y, Z, END, -100]  # everything after <|begin|> is a target, <|end|> included
+    # everything after <|begin|> is a target, <|end|> included
+    assert views.labels == [A, B, SEP, X, Y, Z, END, -100]
     assert (views.stem, views.preds, views.enc) == ([BEGIN, A, B], [P1, P2], [BEGIN, X, Y, Z])
 
 
 def test_labels_of_the_ablations():
     assert render_views(PAIR, BYTES, ntp_on="code").labels == [-100, -100, -100, X, Y, Z, END, -100]
     assert render_views(PAIR, BYTES, train_eos=False).labels == [A, B, SEP, X, Y, Z, -100, -100]
-    assert render_views(PAIR, BYTES, ntp_on="code", train_eos=False).labels == [-100] * 3 + [X, Y, Z, -100, -100]
+    assert render_views(PAIR, BYTES, ntp_on="code", train_eos=False).labels == [-100] * 3 + [X, Y, Z, -100,
+                                                                                             -100]
 
 
 def tree_of(**options):
@@ -67,7 +71,8 @@ def test_tree_without_predictors():
 
 
 def test_tree_with_predictors_in_front():
-    """pred_first: the text view is no prefix of main any more and becomes a root; pred is TEXT's last token there."""
+    """pred_first: the text view is no prefix of main any more and becomes a root; pred is TEXT's last token
+    there."""
     ids, segment, parent, positions, _, pred_at, enc_at = tree_of(k=2, pred_first=True)
     assert ids ==       [BEGIN, A, B, SEP, X, Y, Z, END, BEGIN, P1, P2, A, B, BEGIN, X, Y, Z]
     assert segment ==   [0] * 8 + [1] * 5 + [2] * 4 == parent
@@ -85,7 +90,7 @@ def test_tree_in_reverse():
     assert pred_at == 12 and enc_at == 2
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 def test_fused_batch_id_by_id():
     """Two examples, each its row; then both in one row of up to 24 tokens."""
@@ -123,14 +128,15 @@ def test_packing_loses_nothing(lengths, row_len):
 
 def test_segments_are_unique_in_a_row(tokenizer, examples):
     """A segment number is one run of tokens: no pad and no neighbour shares it."""
-    batch = collate_fused([render_views(e, tokenizer) for e in examples], [True, False, True, True, False], 150)
+    batch = collate_fused([render_views(e, tokenizer) for e in examples], [True, False, True, True, False],
+                          150)
     assert len(batch.ids) > 1
     for row in batch.segment.tolist():
         changes = [s for i, s in enumerate(row) if i == 0 or row[i - 1] != s]
         assert len(changes) == len(set(changes))
 
 
-# ---- steps -----------------------------------------------------------------------------------------------------------
+# ---- steps -------------------------------------------------------------------------------------------------
 
 def test_every_epoch_has_every_example_once():
     sampler = Sampler(list(np.random.default_rng(0).integers(5, 50, 1003)), 16, seed=1)
@@ -140,7 +146,8 @@ def test_every_epoch_has_every_example_once():
         assert sorted(i for batch in order for i in batch) == list(range(1003))
         assert max(map(len, order)) == 16
     assert orders[0] != orders[1]
-    assert Sampler(list(sampler.lengths), 16, seed=1).indices(100).tolist() == orders[1][37]  # (seed, step) alone
+    # (seed, step) alone
+    assert Sampler(list(sampler.lengths), 16, seed=1).indices(100).tolist() == orders[1][37]
     assert Sampler(list(sampler.lengths), 16, seed=2).indices(100).tolist() != orders[1][37]
 
 
@@ -159,14 +166,16 @@ def test_loss_dropout():
     assert all(loss_dropout(32, 0.0, 0, 0))
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 
 def encode_slow(text: bytes, ranks: dict[bytes, int]) -> tuple[int, ...]:
-    """The obvious encoder: the trainer's own merges, one after the other, in the order in which they were made."""
+    """The obvious encoder: the trainer's own merges, one after the other, in the order in which they were
+    made."""
     tokens = list(ranks)
     ids = tuple(text)
     for new in range(256, len(tokens)):
-        splits = [(ranks.get(tokens[new][:i]), ranks.get(tokens[new][i:])) for i in range(1, len(tokens[new]))]
+        splits = [(ranks.get(tokens[new][:i]), ranks.get(tokens[new][i:]))
+                  for i in range(1, len(tokens[new]))]
         for pair in splits:  # the pair that was merged is the one whose halves are older tokens
             if None not in pair and max(pair) < new:
                 ids = merge(ids, pair, new)
@@ -183,13 +192,15 @@ def test_bpe_by_hand():
     """`aaabdaaabac`, the textbook's word: aa, then ab (ties: lowest ids first), then aaab."""
     ranks = train_bpe(["aaabdaaabac"], 259)
     assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
-    assert train_bpe(["ab"], 300) == {bytes([i]): i for i in range(256)} | {b"ab": 256}  # nothing left to merge
+    # nothing left to merge
+    assert train_bpe(["ab"], 300) == {bytes([i]): i for i in range(256)} | {b"ab": 256}
 
 
 def test_bpe_equals_tiktoken(tokenizer):
     texts = [text for pair in PAIRS for text in pair]
     for text in texts:
-        slow = [i for piece in regex.findall(tokenizer.pattern, text) for i in encode_slow(piece.encode(), tokenizer.ranks)]
+        slow = [i for piece in regex.findall(tokenizer.pattern, text)
+                for i in encode_slow(piece.encode(), tokenizer.ranks)]
         assert tokenizer.encode(text) == slow
     assert len(tokenizer.encode("lines with a vowel")) < len("lines with a vowel")
 
@@ -237,14 +248,15 @@ def test_tokenizer_round_trip_and_damage(tokenizer, tmp_path):
     assert tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.model")) == tokenizer.ranks
     path = tmp_path / "tokenizer.model"
     lines = path.read_text().splitlines(keepends=True)
-    for broken, match in ((lines[:-1] + ["x"], f"{path.name}:{len(lines)}: expected"), (lines[5:], r"lacks the bytes \[0, 1"),
+    for broken, match in ((lines[:-1] + ["x"], f"{path.name}:{len(lines)}: expected"),
+                          (lines[5:], r"lacks the bytes \[0, 1"),
                           (lines[:-2] + lines[-1:], "ranks are not 0 to")):
         path.write_text("".join(broken))
         with pytest.raises(BadInput, match=match):
             Tokenizer.load(tmp_path)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def test_jsonl_in_both_forms(tmp_path):
     path = tmp_path / "a.jsonl"
@@ -255,8 +267,10 @@ def test_jsonl_in_both_forms(tmp_path):
 
 @pytest.mark.parametrize("line,match", [
     (b"{", "not valid JSON"), (b"[1]", "expected a JSON object, found list"), (b'"\xff"', "not UTF-8"),
-    (b'{"text": "a"}', "code must be a non-empty string"), (b'{"text": "a", "code": ""}', "code must be a non-empty"),
-    (b'{"text": 1, "code": "b"}', "text must be a non-empty"), (b'{"messages": 3}', '"messages" must be a list'),
+    (b'{"text": "a"}', "code must be a non-empty string"),
+    (b'{"text": "a", "code": ""}', "code must be a non-empty"),
+    (b'{"text": 1, "code": "b"}', "text must be a non-empty"),
+    (b'{"messages": 3}', '"messages" must be a list'),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "one user and one assistant"),
     (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "code must be a non-empty"),
     (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"), (b"[" * 5000, "not valid JSON")])
@@ -306,7 +320,8 @@ def test_published_splits():
 def test_a_changed_published_file_is_refused(tmp_path):
     content = (SHARED_DATA / "synth_test.jsonl").read_bytes()
     (tmp_path / "synth_test.jsonl").write_bytes(content)
-    with pytest.raises(BadInput, match="synth_train.jsonl: no such file"):  # never half published, half generated
+    # never half published, half generated
+    with pytest.raises(BadInput, match="synth_train.jsonl: no such file"):
         load_dataset("nlrx_synth", tmp_path)
     (tmp_path / "synth_test.jsonl").write_bytes(content[:-10])
     with pytest.raises(BadInput, match="synth_test.jsonl: not the published file"):
@@ -322,7 +337,7 @@ def test_generated_dataset(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(before) == 2
 
 
-# ---- downloads -------------------------------------------------------------------------------------------------------
+# ---- downloads ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
@@ -339,7 +354,8 @@ def mirror(tmp_path, monkeypatch):
 
 
 def test_git_blob_id():
-    assert data.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"  # printf 'hello\n' | git hash-object
+    # printf 'hello\n' | git hash-object
+    assert data.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_download_from_a_file_address_and_a_server(mirror, tmp_path, capsys):
@@ -350,8 +366,10 @@ def test_download_from_a_file_address_and_a_server(mirror, tmp_path, capsys):
         data.download("small", tmp_path / "b", f"http://127.0.0.1:{server.server_port}/")
         server.shutdown()
     for folder in ("a", "b"):
-        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["small_test.jsonl", "small_train.jsonl"]
-        assert (tmp_path / folder / "small_test.jsonl").read_bytes() == (mirror / "small_test.jsonl").read_bytes()
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["small_test.jsonl",
+                                                                               "small_train.jsonl"]
+        fetched = (tmp_path / folder / "small_test.jsonl").read_bytes()
+        assert fetched == (mirror / "small_test.jsonl").read_bytes()
     data.download("small", tmp_path / "a", "file:///nowhere")  # what is here and right is not fetched again
     assert "already here" in capsys.readouterr().out
 
@@ -365,7 +383,7 @@ def test_a_bad_download_leaves_nothing(mirror, tmp_path):
         data.download("small", tmp_path / "b", "file:///nowhere")
 
 
-# ---- show ------------------------------------------------------------------------------------------------------------
+# ---- show --------------------------------------------------------------------------------------------------
 
 def test_picture():
     lines = picture(collate_fused([render_views(Example("a", "x"), BYTES)], [True]), BYTES).splitlines()
@@ -383,14 +401,17 @@ def test_show_command(tmp_path):
     import subprocess
     import sys
     (tmp_path / "a.jsonl").write_text('{"text": "ab", "code": "x"}\n' * 10)
-    reply = subprocess.run([sys.executable, ROOT / "data.py", "show", tmp_path / "a.jsonl", "--k", "2"], capture_output=True,
+    reply = subprocess.run([sys.executable, ROOT / "data.py", "show", tmp_path / "a.jsonl", "--k", "2"],
+                           capture_output=True,
                            text=True)
     assert reply.returncode == 0 and "[PRED2]" in reply.stdout and "<- enc" in reply.stdout, reply.stderr
-    reply = subprocess.run([sys.executable, ROOT / "data.py", "show", "none.jsonl"], capture_output=True, text=True)
+    reply = subprocess.run([sys.executable, ROOT / "data.py", "show", "none.jsonl"], capture_output=True,
+                           text=True)
     assert reply.returncode == 2 and reply.stderr == "error: none.jsonl: no such file\n"
 
 
 def test_batches_move_whole(tokenizer, examples):
     batch = collate_fused([render_views(e, tokenizer) for e in examples], [True] * 5)
     moved = batch.to(torch.device("meta"))
-    assert moved.n_tokens == batch.n_tokens and moved.pred_at.device.type == moved.segment.device.type == "meta"
+    assert moved.n_tokens == batch.n_tokens
+    assert moved.pred_at.device.type == moved.segment.device.type == "meta"

@@ -24,10 +24,11 @@ def assert_same(a, b, tolerance=1e-10):
     assert abs(a[0] - b[0]) < tolerance and abs(a[1] - b[1]) < tolerance, (a[:2], b[:2])
     assert a[2].keys() == b[2].keys()
     for name, gradient in a[2].items():
-        torch.testing.assert_close(gradient, b[2][name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, b[2][name], atol=tolerance, rtol=0, msg=lambda m,
+                                   n=name: f"{n}: {m}")
 
 
-# ---- three passes equal one ------------------------------------------------------------------------------------------
+# ---- three passes equal one --------------------------------------------------------------------------------
 
 GRID = [(k, pred_first, reverse, row_len, alpha)
         for k, pred_first, reverse, row_len, alpha in itertools.product(
@@ -36,8 +37,9 @@ GRID = [(k, pred_first, reverse, row_len, alpha)
 
 @pytest.mark.parametrize("k,pred_first,reverse,row_len,alpha", GRID)
 def test_three_pass_equals_fused(tiny, tokenizer, examples, k, pred_first, reverse, row_len, alpha):
-    """Float64, losses and every gradient, to 1e-10. Views of unequal lengths; Text is shared with main in some of these
-    settings and a segment of its own in others; with alpha, examples 1 and 3 have lost their views."""
+    """Float64, losses and every gradient, to 1e-10. Views of unequal lengths; Text is shared with main in
+    some of these settings and a segment of its own in others; with alpha, examples 1 and 3 have lost their
+    views."""
     model = tiny(k)
     views = [render_views(e, tokenizer, k, pred_first=pred_first, reverse=reverse) for e in examples]
     keep = [not alpha or i not in (1, 3) for i in range(len(views))]
@@ -74,7 +76,7 @@ def test_no_views_is_plain_training(tiny, tokenizer, examples):
     assert fast[1] == 0
 
 
-# ---- leaks -----------------------------------------------------------------------------------------------------------
+# ---- leaks -------------------------------------------------------------------------------------------------
 
 def picked(model, batch):
     hidden = model(batch.ids, batch.positions, dense_mask(batch.segment, batch.parent))
@@ -83,10 +85,12 @@ def picked(model, batch):
 
 @pytest.mark.parametrize("pred_first", [False, True])
 def test_a_code_token_does_not_move_pred(tiny, tokenizer, examples, pred_first):
-    """The nearest public project builds this mask and never returns it, so that [PRED] attends to the answer."""
+    """The nearest public project builds this mask and never returns it, so that [PRED] attends to the
+    answer."""
     model, views = tiny(2), render_views(examples[1], tokenizer, 2, pred_first=pred_first)
     text = len(tokenizer.encode(examples[1].text)) + 1
-    other = replace(views, main=[*views.main[:text + 2], 5, *views.main[text + 3:]], enc=[views.enc[0], 9, *views.enc[2:]])
+    other = replace(views, main=[*views.main[:text + 2], 5, *views.main[text + 3:]],
+                    enc=[views.enc[0], 9, *views.enc[2:]])
     (_, pred, enc), (_, pred2, enc2) = (picked(model, collate_fused([v], [True])) for v in (views, other))
     assert torch.equal(pred, pred2)
     assert not torch.allclose(enc, enc2)
@@ -96,14 +100,16 @@ def test_a_code_token_does_not_move_pred(tiny, tokenizer, examples, pred_first):
 def test_a_text_token_does_not_move_enc(tiny, tokenizer, examples, pred_first):
     model, views = tiny(2), render_views(examples[1], tokenizer, 2, pred_first=pred_first)
     at = 4  # a token of TEXT in main and in the stem
-    other = replace(views, main=[*views.main[:at], 5, *views.main[at + 1:]], stem=[*views.stem[:at], 5, *views.stem[at + 1:]])
+    other = replace(views, main=[*views.main[:at], 5, *views.main[at + 1:]],
+                    stem=[*views.stem[:at], 5, *views.stem[at + 1:]])
     (_, pred, enc), (_, pred2, enc2) = (picked(model, collate_fused([v], [True])) for v in (views, other))
     assert torch.equal(enc, enc2)
     assert not torch.allclose(pred, pred2)
 
 
 def test_a_neighbour_in_the_row_moves_nothing(tiny, tokenizer, examples):
-    """Three examples in one row; every token of the middle one changes: the other two stay where they were."""
+    """Three examples in one row; every token of the middle one changes: the other two stay where they
+    were."""
     model = tiny(1)
     views = [render_views(e, tokenizer) for e in (examples[1], examples[3], examples[0])]
     lengths = [len(v.main) + 1 + len(v.enc) for v in views]
@@ -154,12 +160,13 @@ def test_the_mask_of_the_docstring():
     assert ["".join("#" if x else "." for x in row) for row in mask[0, 0]] == seen
 
 
-# ---- the terms -------------------------------------------------------------------------------------------------------
+# ---- the terms ---------------------------------------------------------------------------------------------
 
 def test_ntp_equals_cross_entropy_over_all_positions(tiny, tokenizer, examples):
     model, batch = tiny(0), collate_three([render_views(e, tokenizer, 0) for e in examples], [False] * 5)
     hidden = model(batch.ids)
-    theirs = F.cross_entropy(model.head(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum")
+    theirs = F.cross_entropy(model.head(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100,
+                             reduction="sum")
     torch.testing.assert_close(ntp(model.head, hidden, batch.labels), theirs, atol=1e-10, rtol=0)
 
 
@@ -194,7 +201,8 @@ def test_collapse_report():
     dead = collapse_report(line, line.roll(7, 0), codes)
     assert dead["cos_paired"] > 0.999 and abs(dead["cos_gap"]) < 1e-3  # the cosine alone looks perfect
     assert dead["retrieval_at_1"] < 0.2 and dead["rank_pred"] < 1.1
-    assert collapse_report(line, line.roll(7, 0), ["same"] * 60)["retrieval_at_1"] == 1  # an identical Code is a hit
+    # an identical Code is a hit
+    assert collapse_report(line, line.roll(7, 0), ["same"] * 60)["retrieval_at_1"] == 1
 
 
 def test_rank_me_by_hand():

@@ -19,7 +19,8 @@ SHAPES = {
 
 
 def small(**shape) -> ModelConfig:
-    return ModelConfig(**{**dict(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=56,
+    return ModelConfig(**{**dict(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8,
+                                 ffn_dim=56,
                                  max_seq_len=128), **shape})
 
 
@@ -36,19 +37,22 @@ def test_equals_transformers(shape, tmp_path):
     ids = torch.randint(50, (3, 100), generator=torch.Generator().manual_seed(0))
     our_logits, their_logits = ours.head(ours(ids)), theirs(ids).logits
     torch.testing.assert_close(our_logits, their_logits, atol=1e-5, rtol=0)
-    weight = torch.randn(our_logits.shape, generator=torch.Generator().manual_seed(1)) / our_logits.numel() ** 0.5
+    weight = torch.randn(our_logits.shape,
+                         generator=torch.Generator().manual_seed(1)) / our_logits.numel() ** 0.5
     (our_logits * weight).sum().backward()
     (their_logits * weight).sum().backward()
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         other = gradients[name if name.startswith("lm_head") else "model." + name].grad
-        torch.testing.assert_close(parameter.grad, other, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parameter.grad, other, atol=1e-4, rtol=1e-4, msg=lambda m,
+                                   n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_by_hand_equals_torch(masked):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 9, 6, dtype=torch.float64, generator=g).requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 9, 6, dtype=torch.float64, generator=g).requires_grad_()
+               for heads in (4, 2, 2))
     mask = torch.rand(2, 1, 9, 9, generator=g) < 0.5 if masked else None
     if masked:
         mask |= torch.eye(9, dtype=torch.bool)

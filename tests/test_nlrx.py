@@ -1,4 +1,5 @@
-"""nlrx.py against the published corpus; derivatives.py against a matcher that knows none, and against Python's re."""
+"""nlrx.py against the published corpus; derivatives.py against a matcher that knows none, and against
+Python's re."""
 
 import doctest
 import hashlib

@@ -1,4 +1,5 @@
-"""train.py: the loop against a plain one, resume, and everything that a user can get wrong; whole runs by subprocess."""
+"""train.py: the loop against a plain one, resume, and everything that a user can get wrong; whole runs by
+subprocess."""
 import json
 import os
 import random
@@ -18,7 +19,8 @@ from data import Sampler, Tokenizer, load_dataset, render_all, train_bpe
 from files import BadInput
 from model import Transformer
 
-TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300", "--batch_size", "8",
+TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
+        "--batch_size", "8",
         "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8"]
 
 
@@ -26,7 +28,8 @@ TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "
 def pairs(tmp_path_factory):
     """Files of 80 and 12 pairs."""
     folder = tmp_path_factory.mktemp("pairs")
-    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"} for i in range(92)]
+    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"}
+            for i in range(92)]
     for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
@@ -39,7 +42,8 @@ def argv(pairs, tmp_path):
 
 
 def command(arguments, **options):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True,
+                          text=True, **options)
 
 
 def rows_of(folder):
@@ -58,7 +62,7 @@ def assert_equal_runs(a, b, tolerance=0.0):
         assert difference <= tolerance, (name, difference)
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 def test_a_whole_run(argv, tmp_path):
     """Train, score, start again, answer a prompt: as a user does."""
@@ -67,7 +71,8 @@ def test_a_whole_run(argv, tmp_path):
     assert reply.stdout.startswith("data: file\n") and reply.stdout.count("\ntarget ") == 5
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "run.json", "metrics.jsonl", "state.pt", "config.json", "model.safetensors", "pred_embedding.safetensors",
+        "run.json", "metrics.jsonl", "state.pt", "config.json", "model.safetensors",
+        "pred_embedding.safetensors",
         "tokenizer.model", "tokenizer_config.json", "eval.json"}
     rows = [row for row in rows_of(run) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["examples"] == 160
@@ -84,18 +89,22 @@ def test_a_whole_run(argv, tmp_path):
     assert (run / "state.pt").stat().st_mtime_ns == before
 
     def evaluate(*arguments):
-        return subprocess.run([sys.executable, ROOT / "eval.py", run, *arguments], capture_output=True, text=True)
+        return subprocess.run([sys.executable, ROOT / "eval.py", run, *arguments], capture_output=True,
+                              text=True)
     (run / "eval.json").unlink()
     scored = evaluate()
     assert scored.returncode == 0, scored.stderr
     new = json.loads((run / "eval.json").read_text())
-    assert {k: v for k, v in new.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
+    assert {k: v for k, v in new.items() if k != "seconds"} == {k: v for k,
+                                                                v in result.items() if k != "seconds"}
     assert evaluate("--prompt", "the number 3", "--max_new_tokens", "4").stdout.strip()
     other = command([*argv, "--lr", "1e-4"])
-    assert other.returncode == 2 and other.stderr.startswith(f"error: {run} holds a run with --lr 0.0015 (now 0.0001)")
+    assert other.returncode == 2
+    assert other.stderr.startswith(f"error: {run} holds a run with --lr {train.Config.lr} (now 0.0001)")
 
 
-@pytest.mark.parametrize("flags", [["--lam", "0"], ["--passes", "three"], ["--row_len", "128", "--alpha", "0.5"]])
+@pytest.mark.parametrize("flags",
+                         [["--lam", "0"], ["--passes", "three"], ["--row_len", "128", "--alpha", "0.5"]])
 def test_other_arms_run(argv, tmp_path, flags):
     c = train.parse_config([*argv, *flags, "--max_steps", "3"])
     result = train.train(c)
@@ -106,14 +115,15 @@ def test_fused_equals_three_passes_over_a_run(argv, tmp_path):
     """Float64: the weights after 20 steps, packed or not, with loss dropout."""
     arms = {"three": ["--passes", "three"], "fused": [], "packed": ["--row_len", "150"]}
     for name, flags in arms.items():
-        train.train(train.parse_config([*argv, *flags, "--dtype", "float64", "--alpha", "0.3", "--out", str(tmp_path / name)]))
+        train.train(train.parse_config([*argv, *flags, "--dtype", "float64", "--alpha", "0.3", "--out",
+                                        str(tmp_path / name)]))
     assert_equal_runs(tmp_path / "three", tmp_path / "fused", 1e-9)
     assert_equal_runs(tmp_path / "three", tmp_path / "packed", 1e-9)
 
 
 def test_micro_batches_equal_the_big_batch(argv, tmp_path):
-    """Float64: 1 x 32 and 4 x 8, gradients of a step and weights after 50 steps, to 1e-9, in both arms. The official code
-    divides one arm's gradient by the number of micro-batches and not the other's."""
+    """Float64: 1 x 32 and 4 x 8, gradients of a step and weights after 50 steps, to 1e-9, in both arms. The
+    official code divides one arm's gradient by the number of micro-batches and not the other's."""
     flags = ["--dtype", "float64", "--batch_size", "32", "--epochs", "50", "--max_steps", "50"]
     for name, more in (("plain", ["--lam", "0"]), ("jepa", ["--alpha", "0.5", "--k", "2"])):
         runs = [tmp_path / f"{name}{size}" for size in (0, 8)]
@@ -148,11 +158,14 @@ def test_lam_0_is_plain_training_bit_for_bit(argv, tmp_path):
     train.train(c)
     data = load_dataset(c.dataset, c.data_dir, c.test_file)
     tokenizer = Tokenizer(train_bpe([text for e in data.train for text in (e.text, e.code)], 300))
-    rows = [[tokenizer.begin, *tokenizer.encode(e.text), tokenizer.sep, *tokenizer.encode(e.code), tokenizer.end]
+    rows = [[tokenizer.begin, *tokenizer.encode(e.text), tokenizer.sep, *tokenizer.encode(e.code),
+             tokenizer.end]
             for e in data.train]
     model = Transformer(train.model_config(c, tokenizer.vocab_size), seed=c.seed)
-    optimizer = torch.optim.AdamW([{"params": [w for w in model.parameters() if w.dim() > 1], "weight_decay": 0.1},
-                                   {"params": [w for w in model.parameters() if w.dim() == 1], "weight_decay": 0.0}],
+    optimizer = torch.optim.AdamW([{"params": [w for w in model.parameters() if w.dim() > 1],
+                                    "weight_decay": 0.1},
+                                   {"params": [w for w in model.parameters() if w.dim() == 1],
+                                    "weight_decay": 0.0}],
                                   betas=(0.9, 0.95), fused=True)
     sampler = Sampler([len(row) for row in rows], 8, c.seed)
     for step in range(20):
@@ -173,16 +186,20 @@ def test_lam_0_is_plain_training_bit_for_bit(argv, tmp_path):
 
 
 def test_the_arms_see_the_same_examples(argv, tmp_path):
-    """lam, passes, alpha, packing and micro-batches leave the examples of a step alone: same counts, step by step."""
+    """lam, passes, alpha, packing and micro-batches leave the examples of a step alone: same counts, step by
+    step."""
     counts = []
-    for i, flags in enumerate((["--lam", "0"], ["--alpha", "0.5"], ["--row_len", "100"], ["--micro_batch", "3"])):
+    for i, flags in enumerate((["--lam", "0"], ["--alpha", "0.5"], ["--row_len", "100"],
+                               ["--micro_batch", "3"])):
         train.train(train.parse_config([*argv, *flags, "--out", str(tmp_path / str(i))]))
-        counts.append([(row["examples"], row["tokens"]) for row in rows_of(tmp_path / str(i)) if "loss" in row])
+        counts.append([(row["examples"], row["tokens"]) for row in rows_of(tmp_path / str(i))
+                       if "loss" in row])
     assert counts[0] == counts[1] == counts[2] == counts[3]
 
 
 def test_compiled_equals_eager(argv):
-    """Losses and gradients of batches of two shapes, to the rounding of the float32 cosines of the rotary table."""
+    """Losses and gradients of batches of two shapes, to the rounding of the float32 cosines of the rotary
+    table."""
     c = train.parse_config([*argv, "--n_layers", "1", "--alpha", "0.5"])
     data = load_dataset(c.dataset, c.data_dir, c.test_file)
     tokenizer = Tokenizer(train_bpe([e.text for e in data.train], c.vocab_size))
@@ -196,15 +213,17 @@ def test_compiled_equals_eager(argv):
             model.zero_grad()
             losses = step(batch)
             train.total_loss(losses, losses.n_tokens, losses.n_pairs, 1.0).backward()
-            results.append([losses.ntp_sum, losses.jepa_sum, *(weight.grad.clone() for weight in model.parameters())])
+            results.append([losses.ntp_sum, losses.jepa_sum,
+                            *(weight.grad.clone() for weight in model.parameters())])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-7)
 
 
-# ---- stop and go -----------------------------------------------------------------------------------------------------
+# ---- stop and go -------------------------------------------------------------------------------------------
 
 def test_three_steps_and_three_equal_six(argv, tmp_path, monkeypatch):
-    """A run that dies behind its checkpoint at step 3 repeats nothing and skips nothing; metrics lines are not doubled."""
+    """A run that dies behind its checkpoint at step 3 repeats nothing and skips nothing; metrics lines are
+    not doubled."""
     argv = [*argv, "--max_steps", "6", "--checkpoint_every", "3", "--alpha", "0.3"]
     train.train(train.parse_config([*argv, "--out", str(tmp_path / "whole")]))
     lr_at, calls = train.lr_at, []
@@ -225,14 +244,15 @@ def test_three_steps_and_three_equal_six(argv, tmp_path, monkeypatch):
 
 
 def test_killed_ten_times(argv, tmp_path):
-    """SIGKILL at ten random moments, from the start of the program to its last line; each run then ends like the one never
-    killed. On two threads: what is not deterministic there would show."""
+    """SIGKILL at ten random moments, from the start of the program to its last line; each run then ends like
+    the one never killed. On two threads: what is not deterministic there would show."""
     argv, two = [*argv, "--checkpoint_every", "2", "--epochs", "6"], os.environ | {"OMP_NUM_THREADS": "2"}
     began = time.monotonic()
     assert command([*argv, "--out", str(tmp_path / "whole")], env=two).returncode == 0
     whole, rng, killed, runs = time.monotonic() - began, random.Random(0), 0, [tmp_path / "run0"]
     while killed < 10:
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, "--out", str(runs[-1])], env=two,
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, "--out", str(runs[-1])],
+                                   env=two,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             assert process.wait(timeout=rng.uniform(0.3, 1.0) * whole) == 0
@@ -250,23 +270,40 @@ def test_killed_ten_times(argv, tmp_path):
 
 
 def test_full_disk(argv, tmp_path):
-    """A write that fails at the second checkpoint: one line, status 2, and the first checkpoint still loads. The limit on
-    a file's size stands for a full disk: it fails in the same write call."""
+    """No room for a checkpoint: one line, status 2, no half file; with room again, the run goes on. The limit
+    on a file's size stands for a full disk: the write call fails."""
     argv = [*argv, "--max_steps", "4", "--checkpoint_every", "2"]
-    first = command([*argv, "--out", str(tmp_path / "size")])
-    assert first.returncode == 0
-    size = (tmp_path / "size" / "state.pt").stat().st_size
+    assert command([*argv, "--out", str(tmp_path / "whole")]).returncode == 0
+    size = (tmp_path / "whole" / "state.pt").stat().st_size
 
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    for name, file in (("run", "state.pt"),):
-        reply = command(argv, preexec_fn=small_files)
-        assert reply.returncode == 2 and file in reply.stderr and "cannot be written" in reply.stderr, reply.stderr
-        assert reply.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in reply.stderr
-        assert not list((tmp_path / name).glob("*.tmp"))
+    reply = command(argv, preexec_fn=small_files)
+    assert reply.returncode == 2 and "Traceback" not in reply.stderr
+    assert reply.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'run' / 'state.pt'}: cannot be")
+    assert not list((tmp_path / "run").glob("*.tmp"))
     assert command(argv).returncode == 0
-    assert_equal_runs(tmp_path / "size", tmp_path / "run")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_disk_full_at_the_second_checkpoint(argv, tmp_path, monkeypatch):
+    """The first checkpoint is untouched and the run goes on from it."""
+    c, save, calls = train.parse_config([*argv, "--max_steps", "4", "--checkpoint_every", "2"]), torch.save, []
+
+    def fails(state, path):
+        calls.append(state["step"])
+        save(state, path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="No space left"):
+        train.train(c)
+    assert train.load_state(tmp_path / "run", torch.device("cpu"))["step"] == 2
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    train.train(c)
+    assert calls == [2, 4, 4]
 
 
 def test_a_read_only_folder(argv, tmp_path):
@@ -305,7 +342,7 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     assert train.train(c)["n"] == 12
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags,message", [
     ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
@@ -326,8 +363,10 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--passes three --row_len 100", "--row_len has no effect with --passes three"),
     ("--test_file x.jsonl", "--test_file has no effect with a published dataset"),
     ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
-    ("--dataset x.jsonl --eval_split valid --test_file y", "--test_file has no effect with --eval_split valid"),
-    ("--dataset x.jsonl --eval_split valid --data_dir y", "--data_dir has no effect with a dataset of your own"),
+    ("--dataset x.jsonl --eval_split valid --test_file y",
+     "--test_file has no effect with --eval_split valid"),
+    ("--dataset x.jsonl --eval_split valid --data_dir y",
+     "--data_dir has no effect with a dataset of your own"),
     ("--batch_size 4 --micro_batch 8", "--micro_batch 8 is more than --batch_size 4"),
 ])
 def test_wrong_settings(flags, message):
@@ -355,16 +394,19 @@ def test_wrong_shapes(flags):
     (["--dataset", "nowhere.jsonl", "--eval_split", "valid"], "nowhere.jsonl: no such file"),
     (["--n_train", "9000"], "--n_train 9000: ")])
 def test_the_program_says_it_in_one_line(arguments, message, tmp_path):
-    reply = command([*arguments, "--data_dir", str(tmp_path)] if "nowhere.jsonl" not in arguments else arguments, cwd=tmp_path)
+    reply = command([*arguments, "--data_dir", str(tmp_path)] if "nowhere.jsonl" not in arguments
+                    else arguments, cwd=tmp_path)
     assert reply.returncode == 2 and reply.stderr.startswith("error: ") and message in reply.stderr
     assert reply.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def test_defaults_are_the_paper_s_objective():
     c = train.parse_config([])
-    assert (c.lam, c.k, c.distance, c.passes, c.alpha, c.train_eos, c.ntp_on) == (1.0, 1, "cosine", "fused", 0.0, True, "all")
+    assert (c.lam, c.k, c.distance, c.passes, c.alpha, c.train_eos, c.ntp_on) == (1.0, 1, "cosine", "fused",
+                                                                                  0.0, True, "all")
     assert c.out == os.path.join("runs", "nlrx_synth")
-    assert train.parse_config(["--lam", "0", "--seed", "23"]).out == os.path.join("runs", "nlrx_synth-lam0.0-seed23")
+    assert train.parse_config(["--lam", "0", "--seed", "23"]).out == os.path.join("runs",
+                                                                                  "nlrx_synth-lam0.0-seed23")
 
 
 def test_help_names_every_setting():
