@@ -97,7 +97,7 @@ def read_line(line: bytes, where: str) -> Example:
             raise BadInput(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
         said = Counter(turn["role"] for turn in turns)
         if said - Counter(system=1) != Counter(user=1, assistant=1):
-            raise BadInput(f"{where}: needs one user and one assistant message, and no other but a system one")
+            raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
         content = {turn["role"]: turn.get("content") for turn in turns}
         text, code = content["user"], content["assistant"]
     else:

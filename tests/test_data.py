@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset, loss_dropout
-from data import merge, pack, picture, read_jsonl, render_all, render_views, train_bpe
+from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset
+from data import loss_dropout, merge, pack, picture, read_jsonl, render_all, render_views, train_bpe
 from files import BadInput
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
