@@ -345,25 +345,25 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
     return Views(main, labels, stem, preds, enc)
 
 
-def render_all(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
-               **options) -> list[Views]:
-    """render_views of each. One that is longer than max_seq_len: BadInput, or dropped and counted
-    (on_long="drop")."""
-    rendered = []
+def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
+            **view_options) -> list[Example]:
+    """The examples whose sequences fit into max_seq_len tokens; a longer one is BadInput, or dropped and
+    counted (on_long="drop")."""
+    kept = []
     for example in examples:
-        views = render_views(example, tokenizer, **options)
+        views = render_views(example, tokenizer, **view_options)
         longest = max(len(views.main), len(views.stem) + len(views.preds), len(views.enc))
         if longest <= max_seq_len:
-            rendered.append(views)
+            kept.append(example)
         elif on_long == "error":
             raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
                            "shorten it or pass --on_long drop")
-    if not rendered:
-        raise BadInput(f"every example is longer than the model's context of {max_seq_len} tokens")
-    if len(rendered) < len(examples):
-        print(f"dropped {len(examples) - len(rendered)} of {len(examples)} examples: "
-              f"longer than {max_seq_len} tokens")
-    return rendered
+    if not kept:
+        raise BadInput(f"{examples[0].where}: this and all other examples of its split are longer than the "
+                       f"model's context of {max_seq_len} tokens")
+    if len(kept) < len(examples):
+        print(f"dropped {len(examples) - len(kept)} of {len(examples)} examples: over {max_seq_len} tokens")
+    return kept
 
 
 # ---- many examples: batches --------------------------------------------------------------------------------

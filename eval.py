@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import derivatives
-from data import Dataset, Example, Tokenizer, collate_three, load_dataset, render_all
+from data import Dataset, Example, Tokenizer, collate_three, fitting, load_dataset, render_views
 from files import BadInput, main_guard, read_json, write_text
 from jepa_loss import collapse_report, pick
 from model import KVCache, Transformer
@@ -135,7 +135,7 @@ def score(examples: list[Example], answers: list[str], stopped: list[bool], seen
 def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
                 **view_options) -> tuple[Tensor, Tensor]:
     """pred and enc of every example, each (N, C), from the passes of jepa_loss.three_pass."""
-    views = render_all(examples, tokenizer, model.config.max_seq_len, **view_options)
+    views = [render_views(example, tokenizer, **view_options) for example in examples]
     batch = collate_three(views, [True] * len(views)).to(model.device)
     return pick(model(batch.pred_ids), batch.pred_at), pick(model(batch.enc_ids), batch.enc_at)
 
@@ -231,7 +231,9 @@ def score_run(folder: str | Path, data_dir: str | None, other_source: bool,
         raise BadInput(f"{folder}: trained on {run['source']} data, but {data_dir or s['data_dir']} holds "
                        f"{data.source} data; pass --other_source if that is what you want to know")
     limit = max_new_tokens or s["max_new_tokens"] or default_max_new_tokens(tokenizer, data.train)
-    result, _ = evaluate(model, tokenizer, data, {name: s[name] for name in VIEW_OPTIONS}, limit)
+    options = {name: s[name] for name in VIEW_OPTIONS}
+    data.test = fitting(data.test, tokenizer, model.config.max_seq_len, s["on_long"], **options)
+    result, _ = evaluate(model, tokenizer, data, options, limit)
     name = "eval.json" if data.source == run["source"] else f"eval_on_{data.source}.json"
     write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
     return result

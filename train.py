@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three
-from data import load_dataset, loss_dropout, render_all, train_bpe
+from data import fitting, load_dataset, loss_dropout, render_views, train_bpe
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, atomic, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
@@ -346,7 +346,9 @@ def train(c: Config) -> dict:
     if run["dtype"] == "float64":
         model.double()
     options = {name: getattr(c, name) for name in VIEW_OPTIONS}
-    examples = render_all(data.train, tokenizer, model.config.max_seq_len, c.on_long, **options)
+    data.train, data.test = (fitting(split, tokenizer, model.config.max_seq_len, c.on_long, **options)
+                             for split in (data.train, data.test))
+    examples = [render_views(example, tokenizer, **options) for example in data.train]
     limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     sampler = Sampler([len(views.main) for views in examples], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)

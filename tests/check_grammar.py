@@ -2,9 +2,9 @@
 
     python tests/check_grammar.py DIR_OF_THE_PUBLISHED_FILES
 
-For each of three seeds, train.py's default run on generated data and on the published train split, both scored
-on the published test split. Ends with status 1 if the mean exact match differs by more than 5 points. Finished
-runs are kept under runs/grammar and not repeated.
+For each of three seeds, train.py's default run on generated data and on the published train split, both
+scored on the published test split. Ends with status 1 if the mean exact match differs by more than 5 points.
+Finished runs are kept under runs/grammar and not repeated.
 """
 import statistics
 import subprocess

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset
-from data import loss_dropout, merge, pack, picture, read_jsonl, render_all, render_views, train_bpe
+from data import fitting, loss_dropout, merge, pack, picture, read_jsonl, render_views, train_bpe
 from files import BadInput
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
@@ -295,13 +295,13 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_too_long_examples(tokenizer, examples, capsys):
     longest = len(render_views(examples[1], tokenizer).main)
-    assert len(render_all(examples, tokenizer, longest)) == 5
+    assert len(fitting(examples, tokenizer, longest)) == 5
     with pytest.raises(BadInput, match=f"f:2: {longest} tokens.*--on_long drop"):
-        render_all([Example(*PAIRS[0], "f:1"), Example(*PAIRS[1], "f:2")], tokenizer, longest - 1)
-    assert len(render_all(examples, tokenizer, longest - 1, "drop")) == 4
+        fitting([Example(*PAIRS[0], "f:1"), Example(*PAIRS[1], "f:2")], tokenizer, longest - 1)
+    assert len(fitting(examples, tokenizer, longest - 1, "drop")) == 4
     assert "dropped 1 of 5" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="every example is longer"):
-        render_all(examples, tokenizer, 3, "drop")
+    with pytest.raises(BadInput, match="all other examples"):
+        fitting(examples, tokenizer, 3, "drop")
 
 
 @needs_published

@@ -15,7 +15,8 @@ def blocks(language):
 
 
 def test_the_worked_example_prints_what_stands_below_it():
-    reply = subprocess.run([sys.executable, "-c", blocks("python")[0]], capture_output=True, text=True, cwd=ROOT)
+    example = blocks("python")[0]
+    reply = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
     assert reply.returncode == 0, reply.stderr
     assert reply.stdout == blocks("text")[0]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import train
-from data import Sampler, Tokenizer, load_dataset, render_all, train_bpe
+from data import Sampler, Tokenizer, load_dataset, render_views, train_bpe
 from files import BadInput
 from model import Transformer
 
@@ -141,7 +141,7 @@ def test_micro_batch_gradients_of_one_step(argv):
         data = load_dataset(c.dataset, c.data_dir, c.test_file)
         tokenizer = Tokenizer(train_bpe([e.text for e in data.train], c.vocab_size))
         model = Transformer(train.model_config(c, tokenizer.vocab_size), 1, 0).double()
-        views = render_all(data.train, tokenizer, 512)
+        views = [render_views(e, tokenizer) for e in data.train]
         batches = train.micro_batches(c, views, list(range(32)), 0)
         assert len(batches) == (1 if size == "0" else 4)
         for batch in batches:
@@ -204,7 +204,7 @@ def test_compiled_equals_eager(argv):
     data = load_dataset(c.dataset, c.data_dir, c.test_file)
     tokenizer = Tokenizer(train_bpe([e.text for e in data.train], c.vocab_size))
     model = Transformer(train.model_config(c, tokenizer.vocab_size), 1, 0).double()
-    views = render_all(data.train, tokenizer, 512)
+    views = [render_views(e, tokenizer) for e in data.train]
     eager = train.Step(model, c, "float64")
     compiled = torch.compile(eager, dynamic=True)
     for indices in (list(range(5)), list(range(20, 28))):
