@@ -87,7 +87,7 @@ def read_line(line: bytes, where: str) -> Example:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadInput(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
         raise BadInput(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -203,7 +203,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
 
 # What may merge decides what the model sees as one thing. Every punctuation mark stands alone: a vocabulary
-# that merges # runs of them has tokens like `)&(`, which tie unrelated brackets together and cost 5 points of
+# that merges runs of them has tokens like `)&(`, which tie unrelated brackets together and cost 5 points of
 # exact match.
 PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 

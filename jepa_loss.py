@@ -90,8 +90,10 @@ def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
     """-log softmax of cos(pred_i, enc_j) / temperature at j = i: the other pairs of the batch are the
     negatives (the paper's ablation; arXiv 1807.03748). Only for whole batches: micro-batches would change the
     negatives."""
-    similarity = F.normalize(wide(pred), dim=-1) @ F.normalize(wide(enc), dim=-1).T / temperature  # (N, N)
-    return F.cross_entropy(similarity, torch.arange(len(pred), device=pred.device), reduction="sum")
+    with torch.autocast(pred.device.type, enabled=False):  # which would multiply in bfloat16
+        similarity = F.normalize(wide(pred), dim=-1) @ F.normalize(wide(enc), dim=-1).T  # (N, N)
+    own = torch.arange(len(pred), device=pred.device)
+    return F.cross_entropy(similarity / temperature, own, reduction="sum")
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
@@ -123,7 +125,7 @@ def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
 #     position   0 1  2    3 4  5  6   3  4    0 1  2      0 ...
 #
 # A query sees its own segment and its parent's, up to itself. So CODE and [PRED] both continue TEXT without
-# seeing each # other, and the second CODE, a root, sees itself alone: Enc(Code). A root's parent is itself.
+# seeing each other, and the second CODE, a root, sees itself alone: Enc(Code). A root's parent is itself.
 
 def visible(segment: Tensor, parent: Tensor) -> Callable:
     """The rule of the single pass, as a FlexAttention `mask_mod(b, h, i, j)`: does query i see key j in row

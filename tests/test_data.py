@@ -273,7 +273,8 @@ def test_jsonl_in_both_forms(tmp_path):
     (b'{"messages": 3}', '"messages" must be a list'),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "one user and one assistant"),
     (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "code must be a non-empty"),
-    (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"), (b"[" * 5000, "not valid JSON")])
+    (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"), (b"[" * 5000, "not valid JSON"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "not valid JSON")])
 def test_a_bad_line_is_named(tmp_path, line, match):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "t", "code": "c"}\n' + line + b"\n")

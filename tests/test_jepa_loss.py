@@ -185,8 +185,13 @@ def test_distances_by_hand():
 
 
 def test_losses_are_float32_under_autocast():
-    pred = torch.randn(4, 8, dtype=torch.bfloat16)
-    assert all(d(pred, pred).dtype == torch.float32 for d in DISTANCES.values())
+    """Bit for bit what they are without: infonce's matrix product would go to bfloat16."""
+    pred, enc = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    for distance in DISTANCES.values():
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = distance(pred, enc)
+        assert inside.dtype == torch.float32 and inside == distance(pred, enc)
+        assert distance(pred.bfloat16(), enc.bfloat16()).dtype == torch.float32
 
 
 def test_collapse_report():
