@@ -76,7 +76,7 @@ class Config:
     max_steps: int = opt(0, "end after so many steps; 0: after the epochs")
     batch_size: int = opt(32, "examples per step")
     micro_batch: int = opt(0, "examples per forward and backward; 0: the whole batch")
-    lr: float = opt(1.5e-3, "peak of the learning rate")
+    lr: float = opt(1e-3, "peak of the learning rate")
     warmup: float = opt(0.05, "share of the steps in which it rises; then it falls to 0 along a cosine")
     weight_decay: float = opt(0.1, "AdamW's, on matrices only")
     beta1: float = opt(0.9, "AdamW's")
