@@ -245,8 +245,7 @@ def test_three_steps_and_three_equal_six(argv, tmp_path, monkeypatch):
 
 
 def test_killed_ten_times(argv, tmp_path):
-    """SIGKILL at ten random moments, from the program's start to its last line; each run then ends like the one
-    never killed."""
+    """SIGKILL at ten random moments of the program; each run then ends like the one never killed."""
     argv = [*argv, "--checkpoint_every", "2", "--epochs", "6"]
     began = time.monotonic()
     assert command([*argv, "--out", str(tmp_path / "whole")]).returncode == 0
@@ -270,8 +269,8 @@ def test_killed_ten_times(argv, tmp_path):
 
 
 def test_two_threads_give_the_same_bits_twice(tokenizer, examples):
-    """Resume is exact because every step is: an indexed read `w[i]` with repeated i has a backward that is not
-    deterministic on several threads."""
+    """Resume is exact because steps are: the backward of an indexed read `w[i]` with repeated i is not, on
+    several threads."""
     model = Transformer(ModelConfig(tokenizer.vocab_size), k=1)
     views = [render_views(e, tokenizer) for e in examples] * 10
     threads, gradients = torch.get_num_threads(), []
