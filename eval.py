@@ -4,7 +4,7 @@
     python eval.py RUN --prompt "lines ..." answer one text
     python eval.py RUN_A RUN_B              several runs, one row each
 
-Decoding is greedy, in batches, with a key-value cache, in float32 whatever the training ran in. Scores:
+Decoding is greedy, in batches, with a key-value cache, in the precision of the weights. Scores:
 
     exact         the answer is the target, character by character
     prefix        it starts with the target: what the paper counts in pretraining, blind to a model that never
@@ -14,7 +14,6 @@ Decoding is greedy, in batches, with a key-value cache, in float32 whatever the 
     dfa_equal     (regexes) it describes the same set of strings; what does not parse is wrong, and so is what
                   could not be decided within bounds (counted as dfa_undecided)
 """
-import argparse
 import json
 import math
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import derivatives
 from data import Dataset, Example, Tokenizer, collate_three, fitting, load_dataset, render_views
-from files import BadInput, main_guard, read_json, write_text
+from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, pick
 from model import KVCache, Transformer
 
@@ -40,9 +39,10 @@ class Answer(NamedTuple):
 
 @torch.inference_mode()
 def generate_slow(model: Transformer, prompt: list[int], end: int, max_new_tokens: int) -> Answer:
-    """Greedy decoding as one would write it first: every token costs a pass over all before it."""
+    """Greedy decoding as one would write it first: every token costs a pass over all before it. It ends with
+    the end token, after max_new_tokens, or when the model's context is full."""
     ids = list(prompt)
-    for _ in range(max_new_tokens):
+    for _ in range(min(max_new_tokens, model.config.max_seq_len - len(prompt))):
         hidden = model(torch.tensor([ids], device=model.device))  # (1, T, C)
         token = model.head(hidden[0, -1]).argmax().item()
         if token == end:
@@ -54,8 +54,7 @@ def generate_slow(model: Transformer, prompt: list[int], end: int, max_new_token
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int,
              batch_size: int = 256) -> list[Answer]:
-    """The same answers, in batches of prompts of similar length and with a cache. Answers stop at the model's
-    context."""
+    """The same answers, in batches of prompts of similar length and with a cache."""
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -71,33 +70,36 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int,
     """Prompts are padded on the left, so that all rows grow at the same column; a pad is seen by nobody but
     itself."""
     device, width = model.device, max(map(len, prompts))
-    max_new_tokens = min(max_new_tokens, model.config.max_seq_len - width)
+    room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
     # (B, 1) column of the first token
     first = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]
-    column = torch.arange(width + max_new_tokens, device=device)
-    cache = KVCache(model.config, len(prompts), width + max_new_tokens, device,
+    column = torch.arange(width + max(room), device=device)
+    cache = KVCache(model.config, len(prompts), width + max(room), device,
                     model.embed_tokens.weight.dtype)
     i, j = column[:width, None], column[:width]
     mask = ((j <= i) & (j >= first[..., None])) | (i == j)  # (B, T, T)
     hidden = model(ids, (column[:width] - first).clamp(min=0), mask[:, None], cache)
     written, stopped = [[] for _ in prompts], [False] * len(prompts)
+    full = [limit == 0 for limit in room]
     rows = list(range(len(prompts)))  # rows[r]: the prompt that row r of the cache answers
-    for step in range(max_new_tokens):
+    for now in range(width, width + max(room)):  # the column that the next token fills
         tokens = model.head(hidden[:, -1]).argmax(-1)  # (B,)
         for row, token in zip(rows, tokens.tolist(), strict=True):
+            if stopped[row] or full[row]:
+                continue
             if token == end:
                 stopped[row] = True
-            elif not stopped[row]:
+            else:
                 written[row].append(token)
-        going = [r for r, row in enumerate(rows) if not stopped[row]]
-        if not going or step + 1 == max_new_tokens:
+                full[row] = len(written[row]) == room[row]
+        going = [r for r, row in enumerate(rows) if not stopped[row] and not full[row]]
+        if not going:
             break
         if 2 * len(going) < len(rows):  # finished rows cost as much as others: drop them now and then
             keep = torch.tensor(going, device=device)
             rows, tokens, first = [rows[r] for r in going], tokens[keep], first[keep]
             cache.keep(keep)
-        now = width + step
         mask = column[:now + 1] >= first  # (B, S)
         hidden = model(tokens[:, None], now - first, mask[:, None, None], cache)
     return [Answer(w, s) for w, s in zip(written, stopped, strict=True)]
@@ -156,7 +158,6 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
              n: int | None = None) -> tuple[dict[str, float], list[str]]:
     """Scores and collapse report on the first n test examples (None: all), and the answers."""
     began = time.perf_counter()
-    model.eval()
     test = data.test[:n]
     written = answer_texts(model, tokenizer, [e.text for e in test], max_new_tokens)
     answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
@@ -165,7 +166,6 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
     if len(sample) > 1:
         targets = [e.text if view_options["reverse"] else e.code for e in sample]
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
-    model.train()
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
                      "dataset": data.name, "source": data.source}, answers
 
@@ -209,53 +209,62 @@ VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
 
 
 def load_run(folder: str | Path) -> tuple[dict, Transformer, Tokenizer]:
-    """Settings, model and tokenizer of a run folder whose training is finished."""
+    """What run.json holds, model and tokenizer of a run folder whose training is finished."""
     folder = Path(folder)
-    settings = read_json(folder / "run.json").get("config")
-    if not isinstance(settings, dict):
-        raise BadInput(f"{folder / 'run.json'}: no settings; not a run folder of train.py")
+    run = read_json(folder / "run.json")
+    needed = {"dataset", "data_dir", "test_file", "n_train", "eval_split", "on_long", *VIEW_OPTIONS}
+    if not {"config", "source", "files", "max_new_tokens"} <= run.keys() or not needed <= set(run["config"]):
+        raise BadInput(f"{folder / 'run.json'}: not written by this program's train.py")
     if not (folder / "model.safetensors").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
-    return settings, Transformer.from_pretrained(folder), Tokenizer.load(folder)
+    return run, Transformer.from_pretrained(folder), Tokenizer.load(folder)
 
 
-def score_run(folder: str | Path, data_dir: str | None, other_source: bool,
-              max_new_tokens: int | None) -> dict:
-    """Score a run on its own test split, or, if the caller insists, on that of another source; write the JSON
-    file."""
-    run = read_json(Path(folder) / "run.json")
-    s, model, tokenizer = load_run(folder)
-    data = load_dataset(s["dataset"], data_dir or s["data_dir"], s["test_file"], s["n_train"],
-                        s["eval_split"])
-    if data.source != run["source"] and not other_source:
-        raise BadInput(f"{folder}: trained on {run['source']} data, but {data_dir or s['data_dir']} holds "
-                       f"{data.source} data; pass --other_source if that is what you want to know")
-    limit = max_new_tokens or s["max_new_tokens"] or default_max_new_tokens(tokenizer, data.train)
-    options = {name: s[name] for name in VIEW_OPTIONS}
-    data.test = fitting(data.test, tokenizer, model.config.max_seq_len, s["on_long"], **options)
-    result, _ = evaluate(model, tokenizer, data, options, limit)
-    name = "eval.json" if data.source == run["source"] else f"eval_on_{data.source}.json"
-    write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
+def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool = False,
+              max_new_tokens: int | None = None) -> dict:
+    """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
+    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
+    """
+    run, model, tokenizer = load_run(folder)
+    c = run["config"]
+    data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
+                        c["eval_split"])
+    same = list(data.files.values()) == list(run["files"].values())
+    if not same and not other_data:
+        raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
+                       f"files ({data.source}); --other_data scores on them")
+    options = {name: c[name] for name in VIEW_OPTIONS}
+    data.train, data.test = (fitting(split, tokenizer, model.config.max_seq_len, c["on_long"], **options)
+                             for split in (data.train, data.test))
+    result, _ = evaluate(model, tokenizer, data, options, max_new_tokens or run["max_new_tokens"])
+    if max_new_tokens is None and (same or data.source != run["source"]):
+        name = "eval.json" if same else f"eval_on_{data.source}.json"
+        write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score runs of train.py, or answer one text.")
+    parser = Parser(description="Score runs of train.py, or answer one text.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
-    parser.add_argument("--other_source", action="store_true",
-                        help="score a run trained on generated data on published data, or the reverse")
+    parser.add_argument("--other_data", action="store_true",
+                        help="score on other files than the run's: a run on generated data on the published")
     parser.add_argument("--prompt", help="answer this text instead of scoring")
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
     args = parser.parse_args()
-    if args.prompt is not None:
-        for run in args.runs:
-            _, model, tokenizer = load_run(run)
-            (answer, stopped), = answer_texts(model, tokenizer, [args.prompt], args.max_new_tokens or 256)
-            print(answer if stopped else answer + " ... (did not stop)")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise BadInput(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
+    if args.prompt is None:
+        print(table({run: score_run(run, args.data_dir, args.other_data, args.max_new_tokens)
+                     for run in args.runs}))
         return
-    print(table({run: score_run(run, args.data_dir, args.other_source, args.max_new_tokens)
-                 for run in args.runs}))
+    if args.data_dir or args.other_data:
+        raise BadInput("--data_dir and --other_data have no effect with --prompt")
+    for folder in args.runs:
+        run, model, tokenizer = load_run(folder)
+        limit = args.max_new_tokens or run["max_new_tokens"]
+        (answer, stopped), = answer_texts(model, tokenizer, [args.prompt], limit)
+        print(answer if stopped else answer + " ... (did not stop)")
 
 
 if __name__ == "__main__":

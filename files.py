@@ -4,6 +4,7 @@ Every mistake that a user can make (a flag, a file, a line, a tensor) is raised 
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
 written through `atomic`: a reader sees the old file or the new one, never a half.
 """
+import argparse
 import contextlib
 import json
 import os
@@ -52,6 +53,16 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that guesses at no abbreviation and whose errors are BadInput."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; see --help")
 
 
 @contextlib.contextmanager

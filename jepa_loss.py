@@ -45,6 +45,10 @@ def total_loss(losses: Losses, n_tokens: int, n_pairs: int, lam: float, gamma: f
 
 # ---- the two terms -----------------------------------------------------------------------------------------
 
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def ntp(head: Callable, hidden: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) in float32 at least, over the positions that have one.
 
@@ -52,8 +56,7 @@ def ntp(head: Callable, hidden: Tensor, labels: Tensor) -> Tensor:
     none. Only those positions go through the head.
     """
     at = (labels.flatten() != -100).nonzero().squeeze(1)  # (M,)
-    logits = head(pick(hidden, at))  # (M, V)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = wide(head(pick(hidden, at)))  # (M, V)
     return F.cross_entropy(logits, labels.flatten()[at], reduction="sum")
 
 
@@ -63,10 +66,6 @@ def pick(hidden: Tensor, at: Tensor) -> Tensor:
     F.embedding and not `hidden[at]`: the backward of an indexed read is not deterministic on several threads.
     """
     return F.embedding(at, hidden.flatten(0, 1))
-
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # d(pred, enc), each (N, C) -> the sum over pairs. Gradients flow into both: no stop-gradient, no EMA teacher.

@@ -12,7 +12,7 @@ width, V vocabulary, k predictor tokens.
 """
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -333,10 +333,15 @@ def config_from_hf(path: Path) -> ModelConfig:
     theirs = read_json(path)
     if theirs.get("model_type") != "llama":
         raise BadInput(f"{path}: model_type is {theirs.get('model_type')!r}, only 'llama' is known here")
-    try:
-        return ModelConfig(**{name: theirs[key] for name, key in HF_NAMES.items()})
-    except KeyError as error:
-        raise BadInput(f"{path}: {error} is missing") from None
+    ours = {}
+    for field in fields(ModelConfig):
+        key = HF_NAMES[field.name]
+        if key not in theirs:
+            raise BadInput(f"{path}: {key} is missing")
+        ours[field.name] = theirs[key]
+        if not isinstance(theirs[key], field.type):
+            raise BadInput(f"{path}: {key} is {theirs[key]!r}, which is not of type {field.type}")
+    return ModelConfig(**ours)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three
 from data import fitting, load_dataset, loss_dropout, render_views, train_bpe
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
-from files import BadInput, atomic, main_guard, read_json, write_text
+from files import BadInput, Parser, atomic, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
 
@@ -59,6 +59,7 @@ class Config:
     n_heads: int = opt(0, "query heads; 0: the preset's")
     n_kv_heads: int = opt(0, "key-value heads; 0: the preset's")
     ffn_dim: int = opt(0, "inner width of the MLP; 0: the preset's")
+    max_seq_len: int = opt(0, "context in tokens; 0: the preset's")
     # objective: gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code))
     lam: float = opt(1.0, "weight of the JEPA loss; 0: plain next-token training")
     gamma: float = opt(1.0, "weight of the next-token loss")
@@ -72,7 +73,7 @@ class Config:
     pred_first: bool = opt(False, "[PRED] in front of Text instead of behind it")
     reverse: bool = opt(False, "Code predicts Text")
     # optimization
-    epochs: int = opt(6, "passes over the train split")
+    epochs: int = opt(4, "passes over the train split")
     max_steps: int = opt(0, "end after so many steps; 0: after the epochs")
     batch_size: int = opt(32, "examples per step")
     micro_batch: int = opt(0, "examples per forward and backward; 0: the whole batch")
@@ -95,15 +96,10 @@ class Config:
     out: str = opt("", "run folder (default: runs/, named after the dataset and what is not default)")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise BadInput(f"{message}; see --help")
-
-
 def parse_config(argv: list[str] | None = None) -> Config:
     """A valid Config from the command line. BadInput names everything that is wrong with it, in one line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+                    argument_default=argparse.SUPPRESS)
     hints = get_type_hints(Config)
     for f in dataclasses.fields(Config):
         hint, extra = hints[f.name], {}
@@ -133,7 +129,8 @@ def check(c: Config, given: set[str]) -> list[str]:
         ("at least 1", lambda x: x >= 1, ("epochs", "batch_size", "log_every")),
         ("0 or more", lambda x: x >= 0, (
             "n_train", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "k", "max_steps", "micro_batch",
-            "row_len", "checkpoint_every", "max_new_tokens", "seed")),
+            "max_seq_len", "row_len", "checkpoint_every", "max_new_tokens")),
+        ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63 - 1, ("seed",)),
         ("a number, 0 or more", lambda x: 0 <= x < math.inf, ("lam", "gamma", "weight_decay")),
         ("a number above 0", lambda x: 0 < x < math.inf, ("temperature", "lr", "clip")),
         ("at least 0 and below 1", lambda x: 0 <= x < 1, ("alpha", "warmup", "beta1", "beta2")),
@@ -148,17 +145,21 @@ def check(c: Config, given: set[str]) -> list[str]:
         inert(("k", "distance", "temperature", "passes", "alpha", "pred_first", "reverse"), "with --lam 0")
         if not c.gamma:
             problems.append("--lam 0 --gamma 0: nothing to train on")
-    elif c.distance != "infonce":
-        inert(("temperature",), "without --distance infonce")
-    elif c.micro_batch:
-        problems.append("--distance infonce takes its negatives from the whole batch: drop --micro_batch")
-    if not c.k and c.lam:
-        inert(("pred_first",), "with --k 0")
+    else:
+        if not c.gamma:
+            inert(("ntp_on", "train_eos"), "with --gamma 0")
+        if not c.k:
+            inert(("pred_first",), "with --k 0")
+        if c.distance != "infonce":
+            inert(("temperature",), "without --distance infonce")
+        elif c.micro_batch or c.batch_size == 1:
+            problems.append("--distance infonce takes its negatives from the whole batch: "
+                            "it needs --batch_size 2 or more and no --micro_batch")
     if c.passes == "three":
         inert(("row_len",), "with --passes three")
-    if not own or c.eval_split == "valid":
+    if c.dataset in PUBLISHED or c.eval_split == "valid":
         inert(("test_file",), "with --eval_split valid" if own else "with a published dataset")
-    elif not c.test_file:
+    elif own and not c.test_file:
         problems.append("a dataset of your own needs --test_file or --eval_split valid")
     if own:
         inert(("data_dir",), "with a dataset of your own")
@@ -175,8 +176,9 @@ def describe(c: Config) -> str:
     parts = [Path(c.dataset).stem]
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
-        unnamed = ("dataset", "data_dir", "test_file", "device", "out", "" if c.lam else "k")
-        if value != f.default and f.name not in unnamed:
+        if f.name in ("dataset", "data_dir", "test_file", "device", "out") or f.name == "k" and not c.lam:
+            continue
+        if value != f.default:
             parts.append(f.name + str(value))
     return "-".join(parts)
 
@@ -184,12 +186,12 @@ def describe(c: Config) -> str:
 def model_config(c: Config, vocab_size: int) -> ModelConfig:
     """The preset with the shapes that the user gave."""
     shape = dict(PRESETS[c.preset])
-    shape |= {name: getattr(c, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
-              if getattr(c, name)}
-    config = ModelConfig(vocab_size=vocab_size, **shape)
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+    config = ModelConfig(vocab_size=vocab_size, **shape | {n: getattr(c, n) for n in names if getattr(c, n)})
+    if c.n_heads and not c.n_kv_heads:
+        config.n_kv_heads = c.n_heads
     if c.dim or c.n_heads:
         config.head_dim = config.dim // config.n_heads
-        config.n_kv_heads = c.n_kv_heads or config.n_heads
     if config.head_dim * config.n_heads != config.dim or config.head_dim % 2:
         raise BadInput(f"--dim {config.dim} --n_heads {config.n_heads}: heads must have the same, even width")
     if config.n_heads % config.n_kv_heads:
@@ -269,15 +271,15 @@ def git_commit() -> str | None:
     return reply.stdout.strip() or None
 
 
-def open_run(c: Config, data: Dataset, device: torch.device) -> dict:
+def open_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """Make the run folder, or recognise it: what run.json holds. BadInput if it is another run's."""
     folder = Path(c.out)
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
     record = {"config": asdict(c), "source": data.source, "files": data.files, "dtype": dtype,
-              "device": str(device), "git_commit": git_commit(),
+              "max_new_tokens": max_new_tokens, "device": str(device), "git_commit": git_commit(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if not (folder / "run.json").exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != "run.json.tmp" for path in folder.iterdir()):
             raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
@@ -293,6 +295,9 @@ def open_run(c: Config, data: Dataset, device: torch.device) -> dict:
     if list(old["files"].values()) != list(data.files.values()):
         raise BadInput(f"{folder} holds a run on other data ({', '.join(old['files'])}); "
                        "choose another --out")
+    for name in ("git_commit", "versions"):
+        if old.get(name) != record[name]:
+            print(f"note: {name} was {old.get(name)} when this run began, and is {record[name]} now")
     return old
 
 
@@ -332,14 +337,16 @@ class Metrics:
 
     def __init__(self, path: Path, size: int):
         self.file = open(path, "ab")
+        if self.file.tell() < size:
+            raise BadInput(f"{path}: shorter than at the last checkpoint; put it back, or move the run away")
         self.file.truncate(size)
 
     def write(self, row: dict) -> None:
         self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()  # for whoever watches the run
 
     def size(self) -> int:
         """Bytes so far, all on the disk."""
-        self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()
 
@@ -381,14 +388,14 @@ def train(c: Config) -> dict:
     shape, options = model_config(c, tokenizer.vocab_size), {name: getattr(c, name) for name in VIEW_OPTIONS}
     data.train, data.test = (fitting(split, tokenizer, shape.max_seq_len, c.on_long, **options)
                              for split in (data.train, data.test))
-    dtype = open_run(c, data, device)["dtype"]
+    limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+    dtype = open_run(c, data, device, limit)["dtype"]
     if (folder / "eval.json").exists():
         print(f"{folder}: finished before")
         return read_json(folder / "eval.json")
 
     model = Transformer(shape, c.k, c.seed).to(device, torch.float64 if dtype == "float64" else torch.float32)
     examples = [render_views(example, tokenizer, **options) for example in data.train]
-    limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     sampler = Sampler([len(views.main) for views in examples], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
     every = c.checkpoint_every or sampler.steps_per_epoch
@@ -422,8 +429,11 @@ def train(c: Config) -> dict:
         done, n_examples, n_tokens_seen = step + 1, n_examples + n_pairs, n_tokens_seen + n_tokens
         where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples,
                  "tokens": n_tokens_seen}
-        if done % c.log_every == 0 or done == total:
+        if done % c.log_every == 0 or done % every == 0 or done == total:
             ntp, jepa, now = float(ntp), float(jepa), time.perf_counter()  # waits for the device
+            if not math.isfinite(ntp + jepa + float(grad_norm)):
+                raise BadInput(f"step {done}: the loss is {ntp} + {c.lam} * {jepa}, the gradient's norm "
+                               f"{float(grad_norm)}; the last checkpoint is kept; try a lower --lr")
             metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
                                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
                                    "tokens_per_s": round((n_tokens_seen - clock_tokens) / (now - clock))})

@@ -416,3 +416,24 @@ def test_batches_move_whole(tokenizer, examples):
     moved = batch.to(torch.device("meta"))
     assert moved.n_tokens == batch.n_tokens
     assert moved.pred_at.device.type == moved.segment.device.type == "meta"
+
+
+# ---- splits of one's own -----------------------------------------------------------------------------------
+
+def test_splits(tmp_path):
+    """n_train takes the first; the held-out tenth is the last, is not trained on, replaces the test file."""
+    rows = [{"text": f"t{i}", "code": f"c{i}"} for i in range(40)]
+    for name, part in (("a.jsonl", rows[:30]), ("b.jsonl", rows[30:])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
+    name, test_file = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+
+    def texts(**options):
+        loaded = load_dataset(name, **options)
+        return [e.text for e in loaded.train], [e.text for e in loaded.test]
+    everything = [row["text"] for row in rows]
+    assert texts(test_file=test_file) == (everything[:30], everything[30:])
+    assert texts(test_file=test_file, n_train=4) == (everything[:4], everything[30:])
+    assert texts(eval_split="valid") == (everything[:27], everything[27:30])
+    assert texts(eval_split="valid", n_train=5) == (everything[:5], everything[27:30])
+    with pytest.raises(BadInput, match="--n_train 28"):
+        texts(eval_split="valid", n_train=28)

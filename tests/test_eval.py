@@ -4,15 +4,19 @@ import json
 import pytest
 import torch
 
+import data
+import eval
+import nlrx
+import train
 from data import Dataset, Example
 from eval import Answer, answer_texts, evaluate, generate, generate_slow, same_language, score, table
-from files import BadInput
+from files import BadInput, main_guard
+from model import KVCache
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_cached_answers_equal_uncached_ones(tiny, batch_size):
-    """Float64; prompts of many lengths, answers that stop at many places (so that rows are dropped on the
-    way)."""
+    """Float64; prompts of many lengths, answers that stop at many places."""
     model, g = tiny(0), torch.Generator().manual_seed(1)
     prompts = [torch.randint(250, (n,), generator=g).tolist() for n in (1, 9, 2, 30, 17, 9, 4, 12, 5, 25)]
     free = [generate_slow(model, p, -1, 20).ids for p in prompts]
@@ -66,16 +70,16 @@ def test_same_language(answer, same):
 
 
 def test_evaluate(tiny, tokenizer, examples):
-    data = Dataset("d", examples[:2], examples, "file", {}, is_regex=True)
+    split = Dataset("d", examples[:2], examples, "file", {}, is_regex=True)
     options = dict(k=1, ntp_on="all", train_eos=True, pred_first=False, reverse=False)
-    result, answers = evaluate(tiny(1), tokenizer, data, options, 8)
+    result, answers = evaluate(tiny(1), tokenizer, split, options, 8)
     assert result.keys() == {"exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "dfa_undecided",
                              "cos_paired",
                              "cos_shuffled", "cos_gap", "retrieval_at_1", "rank_pred", "rank_enc", "n",
                              "seconds",
                              "dataset", "source"}
     assert result["n"] == len(answers) == 5 and json.dumps(result)
-    again, _ = evaluate(tiny(1), tokenizer, data, options, 8, n=3)
+    again, _ = evaluate(tiny(1), tokenizer, split, options, 8, n=3)
     assert again["n"] == 3
 
 
@@ -84,3 +88,89 @@ def test_table():
     assert lines[0].split("|")[1].strip() == "run" and set(lines[1]) == {"|", "-"}
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == ["a", "50.00", "-", "-", "-", "-", "0.9999", "-", "-", "20"]
+
+
+def test_rows_are_dropped_on_the_way(tiny, monkeypatch):
+    """More than half of the answers are short: their rows leave the cache, and the others go on as before."""
+    model, dropped = tiny(0), []
+    keep = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: dropped.append(len(rows)) or keep(cache, rows))
+    prompts = [[i, i + 1] for i in range(40)]
+    free = [generate_slow(model, p, -1, 20).ids for p in prompts]
+    ends = [(sum(end in ids[:5] for ids in free), end) for end in range(250)]
+    end = next(e for n, e in sorted(ends, reverse=True) if n < 40)
+    chosen = [p for p, ids in zip(prompts, free, strict=True) if end in ids[:5]]
+    chosen += [p for p in prompts if p not in chosen][:max(1, len(chosen) - 2)]
+    assert generate(model, chosen, end, 20) == [generate_slow(model, p, end, 20) for p in chosen]
+    assert dropped
+
+
+def test_a_long_neighbour_cuts_no_answer(tiny):
+    """Each row has the room that its own prompt leaves in the context."""
+    model = tiny(0, max_seq_len=32)
+    prompts = [[1, 2, 3], list(range(30))]
+    assert generate(model, prompts, -1, 20) == [generate_slow(model, p, -1, 20) for p in prompts]
+    assert [len(answer.ids) for answer in generate(model, prompts, -1, 20)] == [20, 2]
+
+
+def test_undecided_is_wrong_and_counted(monkeypatch):
+    monkeypatch.setattr(eval.derivatives, "equal", lambda a, b: eval.derivatives.Verdict(None, None))
+    scores = score(EXAMPLES[:2], ["a", "b"], [True] * 2, set(), is_regex=True)
+    assert scores["dfa_equal"] == 0 and scores["dfa_undecided"] == 2
+
+
+def test_collapse_report_of_a_reversed_run(tiny, tokenizer):
+    """What is predicted there is the text: pairs of one text are each other's hits, those of one code not."""
+    options = dict(k=1, ntp_on="all", train_eos=True, pred_first=False)
+    split = Dataset("d", [], [Example("same", code) for code in ("a", "b", "c")], "file", {})
+    hits = [evaluate(tiny(1), tokenizer, split, options | dict(reverse=reverse), 4)[0]["retrieval_at_1"]
+            for reverse in (True, False)]
+    assert hits[0] == 1 and hits[1] < 1
+
+
+def run_folder(tmp_path, data_dir):
+    """A finished run of three steps on the generated nlrx_synth."""
+    c = train.parse_config(["--data_dir", str(data_dir), "--dim", "16", "--n_layers", "1", "--n_heads", "1",
+                            "--ffn_dim", "16", "--max_steps", "3", "--max_new_tokens", "3", "--n_train", "50",
+                            "--out", str(tmp_path / "run")])
+    train.train(c)
+    return tmp_path / "run"
+
+
+def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
+    """Generated and published data are never mixed up: a run is scored on its own files, unless told."""
+    monkeypatch.setattr(nlrx, "generate", lambda n, seed: [(f"text {i}", f"code {i}") for i in range(60)])
+    monkeypatch.setattr(data.generated_files, "__defaults__", (50, 10))
+    run = run_folder(tmp_path, tmp_path / "data")
+    own = (run / "eval.json").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    files = {}
+    for split in ("train", "test"):
+        content = "\n".join(json.dumps({"text": f"{split} {i}", "code": "x"}) for i in range(60)).encode()
+        (other / f"{split}.jsonl").write_bytes(content)
+        files[split] = (f"{split}.jsonl", data.git_blob_id(content))
+    monkeypatch.setitem(data.PUBLISHED, "nlrx_synth", files)
+    with pytest.raises(BadInput, match="trained on generated data, but .*pass --other_data"):
+        eval.score_run(run, str(other))
+    assert eval.score_run(run, str(other), other_data=True)["n"] == 60
+    assert json.loads((run / "eval_on_published.json").read_text())["source"] == "published"
+    assert (run / "eval.json").read_text() == own
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["nowhere"], "run.json: no such file"), ([], "required: RUN"), (["x", "--prom", "a"], "unrecognized"),
+    (["x", "--max_new_tokens", "0"], "must be at least 1"),
+    (["x", "--prompt", "a", "--data_dir", "b"], "no effect with --prompt")])
+def test_wrong_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+    with pytest.raises(SystemExit) as status, main_guard():
+        eval.main()
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_damaged_run_folders(tmp_path):
+    (tmp_path / "run.json").write_text('{"config": {}}')
+    with pytest.raises(BadInput, match="not written by this program"):
+        eval.load_run(tmp_path)
