@@ -151,7 +151,7 @@ def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
         (other / f"{split}.jsonl").write_bytes(content)
         files[split] = (f"{split}.jsonl", data.git_blob_id(content))
     monkeypatch.setitem(data.PUBLISHED, "nlrx_synth", files)
-    with pytest.raises(BadInput, match="trained on generated data, but .*pass --other_data"):
+    with pytest.raises(BadInput, match="trained on generated data, but .*--other_data"):
         eval.score_run(run, str(other))
     assert eval.score_run(run, str(other), other_data=True)["n"] == 60
     assert json.loads((run / "eval_on_published.json").read_text())["source"] == "published"
