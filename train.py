@@ -50,7 +50,7 @@ class Config:
     test_file: str = opt("", "the test split of a dataset of your own")
     n_train: int = opt(0, "train on the first N examples; 0: all")
     eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, held out")
-    on_long: Literal["error", "drop"] = opt("error", "an example longer than the model's context")
+    on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is")
     vocab_size: int = opt(512, "at most so many byte-level BPE tokens, trained on the train split")
     # model
     preset: Literal[tuple(PRESETS)] = opt("nano", "shape of the model")
@@ -73,7 +73,7 @@ class Config:
     pred_first: bool = opt(False, "[PRED] in front of Text instead of behind it")
     reverse: bool = opt(False, "Code predicts Text")
     # optimization
-    epochs: int = opt(4, "passes over the train split")
+    epochs: int = opt(3, "passes over the train split")
     max_steps: int = opt(0, "end after so many steps; 0: after the epochs")
     batch_size: int = opt(32, "examples per step")
     micro_batch: int = opt(0, "examples per forward and backward; 0: the whole batch")
@@ -179,7 +179,7 @@ def describe(c: Config) -> str:
         if f.name in ("dataset", "data_dir", "test_file", "device", "out") or f.name == "k" and not c.lam:
             continue
         if value != f.default:
-            parts.append(f.name + str(value))
+            parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
     return "-".join(parts)
 
 

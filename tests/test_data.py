@@ -301,6 +301,8 @@ def test_too_long_examples(tokenizer, examples, capsys):
         fitting([Example(*PAIRS[0], "f:1"), Example(*PAIRS[1], "f:2")], tokenizer, longest - 1)
     assert len(fitting(examples, tokenizer, longest - 1, "drop")) == 4
     assert "dropped 1 of 5" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"tokens, but the model's context is"):  # a view can be the longest
+        fitting([Example("ab", "x", "f:1")], BYTES, 20, k=30)
     with pytest.raises(BadInput, match="all other examples"):
         fitting(examples, tokenizer, 3, "drop")
 

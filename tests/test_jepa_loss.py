@@ -179,6 +179,7 @@ def test_distances_by_hand():
     logits = torch.tensor([[1.0, 0.8], [0.6, 0.0]]) / 0.5
     expected = -(logits.log_softmax(1)[0, 0] + logits.log_softmax(1)[1, 1])
     assert infonce(pred, enc, temperature=0.5).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert infonce(pred, enc) == infonce(pred, enc, temperature=0.07)  # the paper's
     for distance in DISTANCES.values():  # both branches learn: no stop-gradient
         gradients = torch.autograd.grad(distance(pred, enc), (pred, enc))
         assert all(g.abs().sum() > 0 for g in gradients)

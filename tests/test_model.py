@@ -100,6 +100,18 @@ def test_k_changes_no_other_weight():
     assert not torch.equal(Transformer(small(), seed=10).embed_tokens.weight, without.embed_tokens.weight)
 
 
+def test_initialisation():
+    """0.02, and less for the matrices that write to the residual stream; the seed moves every matrix."""
+    model, other = Transformer(ModelConfig(300), k=4, seed=1), Transformer(ModelConfig(300), k=4, seed=2)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert weight.std().item() == pytest.approx(0.02 / (8**0.5 if residual else 1), rel=0.1), name
+            assert not torch.equal(weight, dict(other.named_parameters())[name]), name
+
+
 def test_predictors_are_no_vocabulary():
     """Ids V, V+1 read their own rows, in order; the head knows nothing of them."""
     model = Transformer(small(), k=2, seed=1)

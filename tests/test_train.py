@@ -461,7 +461,7 @@ def test_defaults_are_the_paper_s_objective():
                                                                                   0.0, True, "all")
     assert c.out == os.path.join("runs", "nlrx_synth")
     assert train.parse_config(["--lam", "0", "--seed", "23"]).out == os.path.join("runs",
-                                                                                  "nlrx_synth-lam0.0-seed23")
+                                                                                  "nlrx_synth-lam0-seed23")
 
 
 def test_help_names_every_setting():
