@@ -326,8 +326,7 @@ class Views:
 
 
 def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str = "all",
-                 train_eos: bool = True,
-                 pred_first: bool = False, reverse: bool = False) -> Views:
+                 train_eos: bool = True, pred_first: bool = False, reverse: bool = False) -> Views:
     """The plain format.
 
     k           predictor tokens; 0: Pred is the identity
@@ -427,13 +426,12 @@ def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
     attention and labels keep them out, whatever their id."""
     labels = pad([v.labels for v in examples], -100)
     kept = [v for v, kept in zip(examples, keep, strict=True) if kept]
-    views = {}
-    for name, rows in (("pred", [v.stem + v.preds for v in kept]), ("enc", [v.enc for v in kept])):
-        ids = pad(rows, 0) if kept else None
-        views[f"{name}_ids"] = ids
-        views[f"{name}_at"] = torch.tensor([b * ids.shape[1] + len(row) - 1 for b,
-                                            row in enumerate(rows)]) if kept else None
-    return ThreePassBatch(pad([v.main for v in examples], 0), labels, **views,
+    views = []
+    for rows in ([v.stem + v.preds for v in kept], [v.enc for v in kept]):
+        ids = pad(rows, 0) if rows else None
+        last = [b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]
+        views += [ids, torch.tensor(last) if rows else None]
+    return ThreePassBatch(pad([v.main for v in examples], 0), labels, *views,
                           n_tokens=count_labels(labels), n_pairs=len(examples))
 
 
@@ -487,8 +485,8 @@ def lay_out(views: Views, keep: bool = True) -> Tree:
 
 
 def pack(lengths: list[int], row_len: int) -> list[list[int]]:
-    """Rows of example numbers, each of at most row_len tokens: longest first, each into the first row with
-    room."""
+    """Rows of example numbers, each of at most row_len tokens (or one longer example): longest first, each
+    into the first row with room."""
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))

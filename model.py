@@ -26,35 +26,32 @@ from files import BadInput, atomic, read_json, write_text
 
 @dataclass
 class ModelConfig:
-    """The shape of a model; the comment is the field's name in config.json."""
-    vocab_size: int  # vocab_size
-    dim: int = 256  # hidden_size
-    n_layers: int = 4  # num_hidden_layers
-    n_heads: int = 4  # num_attention_heads
-    n_kv_heads: int = 4  # num_key_value_heads
-    head_dim: int = 64  # head_dim
-    ffn_dim: int = 704  # intermediate_size
-    max_seq_len: int = 512  # max_position_embeddings
-    rope_theta: float = 10000.0  # rope_theta
-    rope_scaling: dict | None = None  # rope_scaling, of rope_type llama3
-    norm_eps: float = 1e-5  # rms_norm_eps
-    tie_embeddings: bool = True  # tie_word_embeddings
+    """The shape of a model; HF_NAMES has the names of these fields in config.json."""
+    vocab_size: int  # V; predictor tokens are not counted
+    dim: int = 256  # C
+    n_layers: int = 4
+    n_heads: int = 4  # H
+    n_kv_heads: int = 4  # K, divides H
+    head_dim: int = 64  # D, even; H * D need not be C
+    ffn_dim: int = 704
+    max_seq_len: int = 512  # the longest context in tokens
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's, of rope_type llama3
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # the head is the embedding
 
 
 HF_NAMES = dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
-                n_heads="num_attention_heads",
-                n_kv_heads="num_key_value_heads", head_dim="head_dim", ffn_dim="intermediate_size",
-                max_seq_len="max_position_embeddings", rope_theta="rope_theta", rope_scaling="rope_scaling",
-                norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
+                n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
+                ffn_dim="intermediate_size", max_seq_len="max_position_embeddings", rope_theta="rope_theta",
+                rope_scaling="rope_scaling", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
 
 PRESETS = {
     "nano": dict(),  # the defaults above: about 3.5 M parameters
     "llama-3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
-                         max_seq_len=131072,
-                         rope_theta=500000.0, tie_embeddings=True,
+                         max_seq_len=131072, rope_theta=500000.0, tie_embeddings=True,
                          rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0,
-                                           high_freq_factor=4.0,
-                                           original_max_position_embeddings=8192)),
+                                           high_freq_factor=4.0, original_max_position_embeddings=8192)),
 }
 
 
