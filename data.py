@@ -206,9 +206,9 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
 
-# What may merge decides what the model sees as one thing. Every punctuation mark stands alone: a vocabulary
-# that merges runs of them has tokens like `)&(`, which tie unrelated brackets together and cost 5 points of
-# exact match. A bracketed class such as `[a-z]` may: one thing, a fifth fewer tokens, no worse.
+# What may merge decides what the model sees as one thing. Punctuation stands alone: a vocabulary that merges
+# runs of it has tokens like `)&(`, which tie unrelated brackets together. But a class such as `[a-z]` is one
+# thing and may merge: a fifth fewer tokens.
 PATTERN = r"\[[^\]\s]*\]| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
 
