@@ -27,7 +27,7 @@ import derivatives
 from data import Dataset, Example, Tokenizer, collate_three, fitting, load_dataset, render_views
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, pick
-from model import KVCache, Transformer
+from model import DEVICES, KVCache, Transformer, device_available, pick_device
 
 # ---- generation --------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def brief(result: dict) -> str:
 VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
 
 
-def load_run(folder: str | Path) -> tuple[dict, Transformer, Tokenizer]:
+def load_run(folder: str | Path, device: str = "auto") -> tuple[dict, Transformer, Tokenizer]:
     """What run.json holds, model and tokenizer of a run folder whose training is finished."""
     folder = Path(folder)
     run = read_json(folder / "run.json")
@@ -217,15 +217,15 @@ def load_run(folder: str | Path) -> tuple[dict, Transformer, Tokenizer]:
         raise BadInput(f"{folder / 'run.json'}: not written by this program's train.py")
     if not (folder / "model.safetensors").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
-    return run, Transformer.from_pretrained(folder), Tokenizer.load(folder)
+    return run, Transformer.from_pretrained(folder).to(pick_device(device)), Tokenizer.load(folder)
 
 
 def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool = False,
-              max_new_tokens: int | None = None) -> dict:
+              max_new_tokens: int | None = None, device: str = "auto") -> dict:
     """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
     gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
     """
-    run, model, tokenizer = load_run(folder)
+    run, model, tokenizer = load_run(folder, device)
     c = run["config"]
     data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
                         c["eval_split"])
@@ -251,17 +251,20 @@ def main() -> None:
                         help="score on other files than the run's: a run on generated data on the published")
     parser.add_argument("--prompt", help="answer this text instead of scoring")
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
+    if not device_available(args.device):
+        raise BadInput(f"--device {args.device}: not available here")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise BadInput(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     if args.prompt is None:
-        print(table({run: score_run(run, args.data_dir, args.other_data, args.max_new_tokens)
+        print(table({run: score_run(run, args.data_dir, args.other_data, args.max_new_tokens, args.device)
                      for run in args.runs}))
         return
     if args.data_dir or args.other_data:
         raise BadInput("--data_dir and --other_data have no effect with --prompt")
     for folder in args.runs:
-        run, model, tokenizer = load_run(folder)
+        run, model, tokenizer = load_run(folder, args.device)
         limit = args.max_new_tokens or run["max_new_tokens"]
         (answer, stopped), = answer_texts(model, tokenizer, [args.prompt], limit)
         print(answer if stopped else answer + " ... (did not stop)")

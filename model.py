@@ -312,6 +312,19 @@ class Transformer(nn.Module):
         return model
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def device_available(name: str) -> bool:
+    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(name, lambda: True)()
+
+
+def pick_device(name: str) -> torch.device:
+    """One of DEVICES; auto is the first that is there of cuda, mps, cpu."""
+    best = next(device for device in ("cuda", "mps", "cpu") if device_available(device))
+    return torch.device(best if name == "auto" else name)
+
+
 def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else "model." + name
 

@@ -32,7 +32,7 @@ from data import fitting, load_dataset, loss_dropout, render_views, train_bpe
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, atomic, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
-from model import PRESETS, ModelConfig, Transformer
+from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Config:
     clip: float = opt(1.0, "largest norm of the gradient")
     # the run
     seed: int = opt(82, "of weights, order and loss dropout")
-    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto: cuda, then mps, then cpu")
+    device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = opt(
         "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
@@ -165,8 +165,7 @@ def check(c: Config, given: set[str]) -> list[str]:
         inert(("data_dir",), "with a dataset of your own")
     if c.micro_batch > c.batch_size:
         problems.append(f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(c.device, True):
+    if not device_available(c.device):
         problems.append(f"--device {c.device}: not available here")
     return problems
 
@@ -199,13 +198,7 @@ def model_config(c: Config, vocab_size: int) -> ModelConfig:
     return config
 
 
-# ---- device ------------------------------------------------------------------------------------------------
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
-
+# ---- one step ----------------------------------------------------------------------------------------------
 
 def native_bf16(device: torch.device) -> bool:
     """Does the processor multiply bfloat16 itself? Emulation is slower than float32."""
@@ -214,8 +207,6 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
                                         for name in ("avx512_bf16", "amx_bf16"))
 
-
-# ---- one step ----------------------------------------------------------------------------------------------
 
 class Step(nn.Module):
     """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it
