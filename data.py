@@ -373,6 +373,11 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_
     return kept
 
 
+def fit_splits(data: Dataset, *arguments, **options) -> None:
+    """`fitting` for train and test, in place: training and every later scoring see the same examples."""
+    data.train, data.test = (fitting(split, *arguments, **options) for split in (data.train, data.test))
+
+
 # ---- many examples: batches --------------------------------------------------------------------------------
 
 class Batch:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import derivatives
-from data import Dataset, Example, Tokenizer, collate_three, fitting, load_dataset, render_views
+from data import Dataset, Example, Tokenizer, collate_three, fit_splits, load_dataset, render_views
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, pick
-from model import DEVICES, KVCache, Transformer, device_available, pick_device
+from model import DEVICES, KVCache, Transformer, pick_device
 
 # ---- generation --------------------------------------------------------------------------------------------
 
@@ -234,8 +234,7 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
         raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
                        f"files ({data.source}); --other_data scores on them")
     options = {name: c[name] for name in VIEW_OPTIONS}
-    data.train, data.test = (fitting(split, tokenizer, model.config.max_seq_len, c["on_long"], **options)
-                             for split in (data.train, data.test))
+    fit_splits(data, tokenizer, model.config.max_seq_len, c["on_long"], **options)
     result, _ = evaluate(model, tokenizer, data, options, max_new_tokens or run["max_new_tokens"])
     if max_new_tokens is None and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
@@ -253,8 +252,6 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
-    if not device_available(args.device):
-        raise BadInput(f"--device {args.device}: not available here")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise BadInput(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     if args.prompt is None:

@@ -320,7 +320,9 @@ def device_available(name: str) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """One of DEVICES; auto is the first that is there of cuda, mps, cpu."""
+    """One of DEVICES; auto is the first that is there of cuda, mps, cpu. BadInput if it is not available."""
+    if not device_available(name):
+        raise BadInput(f"--device {name}: not available here")
     best = next(device for device in ("cuda", "mps", "cpu") if device_available(device))
     return torch.device(best if name == "auto" else name)
 

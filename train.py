@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three
-from data import fitting, load_dataset, loss_dropout, render_views, train_bpe
+from data import fit_splits, load_dataset, loss_dropout, render_views, train_bpe
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, atomic, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
@@ -377,8 +377,7 @@ def train(c: Config) -> dict:
     device, folder = pick_device(c.device), Path(c.out)
     tokenizer = Tokenizer(train_bpe([text for e in data.train for text in (e.text, e.code)], c.vocab_size))
     shape, options = model_config(c, tokenizer.vocab_size), {name: getattr(c, name) for name in VIEW_OPTIONS}
-    data.train, data.test = (fitting(split, tokenizer, shape.max_seq_len, c.on_long, **options)
-                             for split in (data.train, data.test))
+    fit_splits(data, tokenizer, shape.max_seq_len, c.on_long, **options)
     limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     dtype = open_run(c, data, device, limit)["dtype"]
     if (folder / "eval.json").exists():

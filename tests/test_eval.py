@@ -174,3 +174,9 @@ def test_damaged_run_folders(tmp_path):
     (tmp_path / "run.json").write_text('{"config": {}}')
     with pytest.raises(BadInput, match="not written by this program"):
         eval.load_run(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there():
+    with pytest.raises(BadInput, match="--device cuda: not available here"):
+        eval.pick_device("cuda")
