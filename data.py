@@ -1,7 +1,6 @@
 """From a JSONL line to a batch: datasets, tokenizer, views, rows.
 
     load_dataset    (Text, Code) pairs: published files, the embedded NL-RX grammar, or your own JSONL
-    train_bpe       a byte-level BPE vocabulary (arXiv 1508.07909), used through tiktoken
     render_views    one pair as token ids: the main sequence with its labels, and the two views
     collate_three   three right-padded batches, for jepa_loss.three_pass
     collate_fused   one batch of segment trees, for jepa_loss.fused
@@ -13,7 +12,6 @@
 Letters: B rows, T tokens in a row, V vocabulary, k predictor tokens, N pairs.
 """
 import argparse
-import base64
 import hashlib
 import http.client
 import json
@@ -22,19 +20,17 @@ import urllib.request
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import regex  # comes with tiktoken
-import tiktoken
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import nlrx
-from files import BadInput, Parser, atomic, main_guard, read_json, write_text
+from files import BadInput, Parser, atomic, main_guard, write_text
 from jepa_loss import dense_mask
+from tokenizer import Tokenizer, train_bpe
 
 # ---- datasets ----------------------------------------------------------------------------------------------
 
@@ -202,115 +198,6 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
     if n_train > len(train):
         raise BadInput(f"--n_train {n_train}: {paths['train']} has only {len(train)} training examples")
     return Dataset(name, train[:n_train] if n_train else train, test, source, files, name in PUBLISHED)
-
-
-# ---- tokenizer ---------------------------------------------------------------------------------------------
-
-# What may merge decides what the model sees as one thing. Punctuation stands alone: a vocabulary that merges
-# runs of it has tokens like `)&(`, which tie unrelated brackets together. But a class such as `[a-z]` is one
-# thing and may merge: a fifth fewer tokens.
-PATTERN = r"\[[^\]\s]*\]| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
-
-
-def merge(ids: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, ...]:
-    """Replace every occurrence of the pair, from the left: merge((1, 2, 1, 2, 2), (1, 2), 9) is (9, 9, 2)."""
-    merged, i = [], 0
-    while i < len(ids):
-        if ids[i:i + 2] == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return tuple(merged)
-
-
-def train_bpe(texts: list[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Byte-level BPE: from 256 bytes, again and again the most frequent neighbours inside a piece become one
-    token.
-
-    Returns tiktoken's mergeable ranks, at most vocab_size of them (fewer where nothing is left to merge).
-    Pieces are what the pattern cuts; ties go to the pair of lowest ids.
-    """
-    pieces = Counter(piece for text in texts for piece in regex.findall(pattern, text))
-    words = {tuple(piece.encode("utf-8")): count for piece, count in pieces.items()}
-    tokens = [bytes([byte]) for byte in range(256)]
-    while len(tokens) < vocab_size:
-        pairs = Counter()
-        for ids, count in words.items():
-            for pair in pairwise(ids):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-        merged = Counter()
-        for ids, count in words.items():
-            merged[merge(ids, best, len(tokens) - 1)] += count
-        words = merged
-    return {token: rank for rank, token in enumerate(tokens)}
-
-
-class Tokenizer:
-    """A tiktoken.Encoding of our own ranks, with the three special tokens of the plain format behind them."""
-
-    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-        if missing:  # tiktoken would panic at the first such byte
-            raise BadInput(f"tokenizer: the vocabulary lacks the bytes {missing[:8]}; it is not byte-level")
-        if sorted(ranks.values()) != list(range(len(ranks))):
-            raise BadInput(f"tokenizer: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
-        self.ranks, self.pattern = ranks, pattern
-        self.begin, self.sep, self.end = range(len(ranks), len(ranks) + 3)
-        self.vocab_size = len(ranks) + 3
-        special = {"<|begin|>": self.begin, "<|sep|>": self.sep, "<|end|>": self.end}
-        try:
-            self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=ranks,
-                                              special_tokens=special)
-        except ValueError as error:
-            raise BadInput(f"tokenizer: its pattern {pattern!r} is no regex ({error})") from None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; "<|end|>" in it is seven characters, never the special token."""
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode(ids)
-
-    def name(self, token: int) -> str:
-        """One token, readable: `_` for a space, [PRED1] for the first predictor token."""
-        if token >= self.vocab_size:
-            return f"[PRED{token - self.vocab_size + 1}]"
-        name = self.decode([token]).replace(" ", "_")
-        return name if name.isprintable() else repr(name)[1:-1]
-
-    def save(self, folder: str | Path) -> None:
-        """tokenizer.model in tiktoken's format (base64 of the token, its rank) and the pattern in a JSON
-        file."""
-        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
-        write_text(Path(folder) / "tokenizer.model", "".join(lines))
-        write_text(Path(folder) / "tokenizer_config.json", json.dumps({"pattern": self.pattern}) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read here, not by tiktoken, whose loader caches a file by its path. BadInput names file and
-        line."""
-        path = Path(folder) / "tokenizer.model"
-        ranks = {}
-        try:
-            lines = path.read_bytes().splitlines()
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such file") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise BadInput(f"{path}:{number}: expected `base64-token rank`") from None
-        pattern = read_json(path.with_name("tokenizer_config.json")).get("pattern")
-        if not isinstance(pattern, str):
-            raise BadInput(f"{path.with_name('tokenizer_config.json')}: no pattern")
-        return cls(ranks, pattern)
 
 
 # ---- one example: views ------------------------------------------------------------------------------------
