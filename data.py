@@ -13,43 +13,33 @@ Letters: B rows, T tokens in a row, V vocabulary, k predictor tokens, N pairs.
 """
 import argparse
 import hashlib
-import http.client
 import json
 import sys
-import urllib.request
-from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import nlrx
-from files import BadInput, Parser, atomic, main_guard, write_text
+from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import dense_mask
-from tokenizer import Tokenizer, train_bpe
+from published import PUBLISHED, download, git_blob_id, sha256
+from tokenizer import FORMATS, Tokenizer, train_bpe
 
 # ---- datasets ----------------------------------------------------------------------------------------------
-
-BASE_URL = ("https://raw.githubusercontent.com/galilai-group/llm-jepa/"
-            "6d7d0d1f296441beff39a95c801db7f683e3b353/datasets")
-
-PUBLISHED = {  # dataset -> split -> (file, its git blob id at that commit)
-    "nlrx_synth": {"train": ("synth_train.jsonl", "cbe45f8f9fbb126e09763d5062b01319285ce045"),
-                   "test": ("synth_test.jsonl", "e9a539bf83c933ab8d347d49a067aa527f118853")},
-    "nlrx_turk": {"train": ("turk_train.jsonl", "8ceb7cba7476cc73259d17239be798a98b4ded93"),
-                  "test": ("turk_test.jsonl", "a139f00a37699a9fa4f8e0921f833208932d956b")},
-}
-
 
 @dataclass(frozen=True)
 class Example:
     text: str
     code: str
     where: str = ""  # file:line, for messages
+    system: str = ""  # an instruction, which the chat formats write in front
+    text_view: str = ""  # what the views show where it is not text and code (hellaswag)
+    code_view: str = ""
+    text_only: bool = False  # code is no continuation of text, just its other view (paraphrase)
 
 
 @dataclass
@@ -59,7 +49,7 @@ class Dataset:
     test: list[Example]
     source: str  # published | generated | file
     files: dict[str, str]  # path -> sha256
-    is_regex: bool = False  # Code is an NL-RX regex, so answers can be judged by their language
+    folder: Path = Path("data")  # where published files are
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -88,58 +78,34 @@ def read_line(line: bytes, where: str) -> Example:
         raise BadInput(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    parts = {"text": row.get("text"), "code": row.get("code")}
     if "messages" in row:
-        turns = row["messages"] if isinstance(row["messages"], list) else [None]
-        if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
-            raise BadInput(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
-        said = Counter(turn["role"] for turn in turns)
-        if said - Counter(system=1) != Counter(user=1, assistant=1):
+        said = contents(row["messages"], where)
+        if said.keys() | {"system"} != {"system", "user", "assistant"}:
             raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
-        content = {turn["role"]: turn.get("content") for turn in turns}
-        text, code = content["user"], content["assistant"]
-    else:
-        text, code = row.get("text"), row.get("code")
-    for name, value in (("text", text), ("code", code)):
+        for name in ("text", "code"):  # views of their own
+            if row.get(name) is not None:
+                parts[name + "_view"] = next(iter(contents(row[name], where).values()), None)
+        parts |= {"text": said["user"], "code": said["assistant"]}
+        if said.get("system"):
+            parts["system"] = said["system"]
+    for name, value in parts.items():
         if not isinstance(value, str) or not value:
             raise BadInput(f"{where}: {name} must be a non-empty string; a line is "
                            '{"text": ..., "code": ...} or {"messages": [user, assistant]}')
         if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
             raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
-    return Example(text, code, where)
+    return Example(**parts, where=where)
 
 
-def git_blob_id(content: bytes) -> str:
-    """What `git hash-object` prints."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def download(name: str, data_dir: str | Path, base_url: str = BASE_URL) -> None:
-    """Fetch the published files of a dataset into data_dir; a file is there whole and checked, or not at
-    all."""
-    data_dir = Path(data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    for file_name, blob_id in PUBLISHED[name].values():
-        path, url = data_dir / file_name, f"{base_url.rstrip('/')}/{file_name}"
-        if path.exists() and git_blob_id(path.read_bytes()) == blob_id:
-            print(f"{path}: already here")
-            continue
-        try:
-            with urllib.request.urlopen(url, timeout=60) as reply:
-                size = int(reply.headers.get("Content-Length") or 0) or None
-                chunks = []
-                with tqdm(total=size, unit="B", unit_scale=True, desc=file_name) as bar:
-                    while chunk := reply.read(1 << 16):
-                        chunks.append(chunk)
-                        bar.update(len(chunk))
-        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise BadInput(f"{url}: {str(error) or type(error).__name__}") from None
-        content = b"".join(chunks)
-        if git_blob_id(content) != blob_id:
-            raise BadInput(f"{url}: {len(content)} bytes that are not the published file; "
-                           "nothing was written, try again")
-        with atomic(path) as temporary:
-            temporary.write_bytes(content)
-        print(f"{path}: {len(content)} bytes, checked")
+def contents(turns, where: str) -> dict:
+    """role -> content of a list of messages, at most one of each role."""
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("role"), str)
+                                              for t in turns):
+        raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
+    if len({turn["role"] for turn in turns}) < len(turns):
+        raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
+    return {turn["role"]: turn.get("content") for turn in turns}
 
 
 def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> tuple[Path, Path]:
@@ -163,7 +129,7 @@ def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, 
         raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
     paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
     for split, path in paths.items():
-        if path.exists() and git_blob_id(path.read_bytes()) != PUBLISHED[name][split][1]:
+        if path.exists() and git_blob_id(path) != PUBLISHED[name][split][1]:
             raise BadInput(f"{path}: not the published file; "
                            f"move it away and run `python data.py download {name}`")
     missing = [path for path in paths.values() if not path.exists()]
@@ -176,28 +142,34 @@ def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, 
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
-                 eval_split: str = "test") -> Dataset:
+                 eval_split: str = "test", n_test: int = 0) -> Dataset:
     """The train and test pairs of a published dataset or of your own files.
 
-    name        a key of PUBLISHED, or the path of a JSONL file, with test_file beside it
-    n_train     use the first n_train training examples; 0: all
-    eval_split  "valid": the last tenth of train is held out and stands in for the test split, which is not
-                read
+    name             a key of PUBLISHED, or the path of a JSONL file, with test_file beside it
+    n_train, n_test  use the first so many examples; 0: all
+    eval_split       "valid": the last tenth of train is held out and stands in for the test split, which is
+                     not read
     """
     paths, source = dataset_paths(name, Path(data_dir), test_file)
     train = read_jsonl(paths["train"])
-    files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()
-             if path.is_file()}
+    files = {str(path): sha256(path) for path in paths.values() if path.is_file()}
     if eval_split == "valid":
         cut = len(train) - len(train) // 10
         train, test = train[:cut], train[cut:]
         if not test:
             raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
+    elif "test" not in paths:
+        raise BadInput(f"{name} has no test split: --eval_split valid")
     else:
         test = read_jsonl(paths["test"])
-    if n_train > len(train):
-        raise BadInput(f"--n_train {n_train}: {paths['train']} has only {len(train)} training examples")
-    return Dataset(name, train[:n_train] if n_train else train, test, source, files, name in PUBLISHED)
+    for flag, wanted, split, examples in (("n_train", n_train, "training", train),
+                                          ("n_test", n_test, eval_split, test)):
+        if wanted > len(examples):
+            raise BadInput(f"--{flag} {wanted}: {name} has only {len(examples)} {split} examples")
+    train, test = train[:n_train or None], test[:n_test or None]
+    if name == "paraphrase":
+        train, test = ([replace(example, text_only=True) for example in split] for split in (train, test))
+    return Dataset(name, train, test, source, files, Path(data_dir))
 
 
 # ---- one example: views ------------------------------------------------------------------------------------
@@ -205,38 +177,56 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
 @dataclass
 class Views:
     """One pair as token ids; the embedding of a view is the hidden state of its last token."""
-    main: list[int]  # <|begin|> TEXT <|sep|> CODE <|end|>
+    main: list[int]  # <|begin|> TEXT <|sep|> CODE <|end|>, or the conversation of another format
     labels: list[int]  # labels[i]: the id that main[i] must predict, or -100
     stem: list[int]  # the view that predicts, without a [PRED] behind it: <|begin|> TEXT
     preds: list[int]  # the [PRED] tokens that continue it; empty with pred_first, which has them in the stem
     enc: list[int]  # the view that is predicted: <|begin|> CODE
 
 
+def render_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
+    """Main up to where the answer begins. What is said never merges with the tokens around it, so the answer
+    is trained behind the very ids that it is generated behind."""
+    f = tokenizer.format
+    ids = list(f.start)
+    for role, said in (("system", example.system), ("user", example.text)):
+        if said and role in f.opening:  # the plain format has no system turn
+            ids += f.opening[role] + tokenizer.encode(said) + f.closing[role]
+    return ids + f.opening["assistant"]
+
+
 def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str = "all",
                  train_eos: bool = True, pred_first: bool = False, reverse: bool = False) -> Views:
-    """The plain format.
+    """Main in the tokenizer's format; the views have one turn each, without its end, and no system turn.
 
     k           predictor tokens; 0: Pred is the identity
-    ntp_on      "all": every token after the first is a target; "code": only CODE and <|end|>
-    train_eos   False: <|end|> is no target (the official code's labels, an ablation)
+    ntp_on      "all": every token after the first is a target; "code": only CODE and the token that ends it
+    train_eos   False: the token that ends a turn is no target (the official code's labels, an ablation)
     pred_first  [PRED] in front of TEXT; pred is picked at TEXT's last token (an ablation)
     reverse     Code predicts Text (an ablation)
     """
-    text = [tokenizer.begin, *tokenizer.encode(example.text)]
-    code = tokenizer.encode(example.code)
-    main = [*text, tokenizer.sep, *code, tokenizer.end]
+    f, encode = tokenizer.format, tokenizer.encode
+    code = encode(example.code)
+    openings = [[*f.start, *f.opening[role]] for role in ("user", "assistant")]
+    views = [encode(example.text_view or example.text), encode(example.code_view) or code]
+    if example.text_only:
+        main, answer = [*openings[0], *views[0], f.end], len(openings[0])
+        code = views[0]
+    else:
+        prompt = render_prompt(example, tokenizer)
+        main, answer = [*prompt, *code, *f.closing["assistant"]], len(prompt)
     labels = [*main[1:], -100]
-    if ntp_on == "code":
-        labels[:len(text)] = [-100] * len(text)  # the last of these would predict <|sep|>
+    if ntp_on == "code":  # the token in front of the answer predicts its first
+        labels = [label if answer <= i + 1 <= answer + len(code) else -100 for i, label in enumerate(labels)]
     if not train_eos:
-        labels[-2] = -100
-    stem, enc = text, [tokenizer.begin, *code]
+        labels = [-100 if label == f.end else label for label in labels]
     if reverse:
-        stem, enc = enc, stem
+        openings, views = openings[::-1], views[::-1]
     preds = [tokenizer.vocab_size + i for i in range(k)]
+    enc = openings[1] + views[1]
     if pred_first:
-        stem, preds = [stem[0], *preds, *stem[1:]], []
-    return Views(main, labels, stem, preds, enc)
+        return Views(main, labels, openings[0] + preds + views[0], [], enc)
+    return Views(main, labels, openings[0] + views[0], preds, enc)
 
 
 def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
@@ -481,11 +471,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser("download", help="fetch the published files and check them")
     get.add_argument("name", choices=PUBLISHED)
-    get.add_argument("--base_url", default=BASE_URL, help="a mirror of the same files")
+    get.add_argument("--base_url", default="", help="a mirror of the same files")
     show = commands.add_parser("show", help="print one rendered example: segments, labels, attention picture")
     show.add_argument("name", help="a dataset or a .jsonl file")
     show.add_argument("--index", type=int, default=0, help="which training example")
-    show.add_argument("--vocab_size", type=int, default=512)
+    show.add_argument("--vocab_size", type=int, help="of a tokenizer of the train split's own (default: 512)")
+    show.add_argument("--init_from", help="a checkpoint, for its tokenizer")
+    show.add_argument("--format", choices=FORMATS, default="auto")
     show.add_argument("--k", type=int, default=1, help="predictor tokens")
     show.add_argument("--ntp_on", choices=("all", "code"), default="all")
     show.add_argument("--train_eos", action=argparse.BooleanOptionalAction, default=True)
@@ -496,14 +488,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "download":
         return download(args.name, args.data_dir, args.base_url)
-    if args.k < 0 or args.vocab_size < 256 or args.pred_first and not args.k:
+    if args.k < 0 or (args.vocab_size or 512) < 256 or args.pred_first and not args.k:
         raise BadInput("--k must be 0 or more, and 1 or more with --pred_first; --vocab_size 256 or more")
+    if args.init_from and args.vocab_size:
+        raise BadInput("--vocab_size has no effect with --init_from")
     paths, source = dataset_paths(args.name, Path(args.data_dir), "")
     train = read_jsonl(paths["train"])
     if not 0 <= args.index < len(train):
         raise BadInput(f"--index {args.index}: there are {len(train)} training examples")
-    tokenizer = Tokenizer(train_bpe([text for e in train for text in (e.text, e.code)], args.vocab_size))
-    example = train[args.index]
+    example = replace(train[args.index], text_only=args.name == "paraphrase")
+    if args.init_from:
+        tokenizer = Tokenizer.load(args.init_from, format=args.format)
+    else:
+        texts = [text for e in train for text in (e.text, e.code)]
+        tokenizer = Tokenizer(train_bpe(texts, args.vocab_size or 512), format=args.format)
     views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first,
                          args.reverse)
     print(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n")

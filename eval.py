@@ -1,33 +1,39 @@
 """Answers and what they are worth.
 
-    python eval.py RUN                      score a finished run again: prints a table, writes RUN/eval.json
-    python eval.py RUN --prompt "lines ..." answer one text
-    python eval.py RUN_A RUN_B              several runs, one row each
+    python eval.py RUN                              score a finished run again: prints a table, writes
+                                                    RUN/eval.json
+    python eval.py CHECKPOINT --dataset NAME        score any model, a run or a Hugging Face folder
+    python eval.py RUN --prompt "lines ..."         answer one text
+    python eval.py RUN_A RUN_B                      several, one row each
 
-Decoding is greedy, in batches, with a key-value cache, in the precision of the weights. Scores:
+Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
 
     exact         the answer is the target, character by character
     prefix        it starts with the target: what the paper counts in pretraining, blind to a model that never
                   stops
-    stopped       it ended by itself, with <|end|>
+    stopped       it ended by itself, with the end token of its format
     exact_unseen  exact, over the test pairs that do not stand in train as they are
-    dfa_equal     (regexes) it describes the same set of strings; what does not parse is wrong, and so is what
-                  could not be decided within bounds (counted as dfa_undecided)
+    dfa_equal     (regexes) it describes the same set of strings; what could not be decided within bounds is
+                  wrong, and counted as dfa_undecided
+    correct       (other datasets) what their scorer says, see scores.py
+    ntp           (text alone: paraphrase) mean next-token loss, in place of all of the above
 """
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import derivatives
-from data import Dataset, Example, Tokenizer, collate_three, fit_splits, load_dataset, render_views
+from data import Dataset, Example, collate_three, fit_splits, load_dataset, render_prompt, render_views
 from files import BadInput, Parser, main_guard, read_json, write_text
-from jepa_loss import collapse_report, pick
+from jepa_loss import collapse_report, ntp, pick
 from model import DEVICES, KVCache, Transformer, pick_device
+from scores import scorer_of
+from tokenizer import FORMATS, Tokenizer
 
 # ---- generation --------------------------------------------------------------------------------------------
 
@@ -53,10 +59,13 @@ def generate_slow(model: Transformer, prompt: list[int], end: int, max_new_token
 
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int,
-             batch_size: int = 256) -> list[Answer]:
-    """The same answers, in batches of prompts of similar length and with a cache."""
+             batch_size: int = 256, cached_tokens: int = 1 << 16) -> list[Answer]:
+    """The same answers, with a cache, in batches of prompts of similar length: at most batch_size, and fewer
+    where the cache of so many would hold more than cached_tokens."""
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts)) + max_new_tokens
+    batch_size = max(1, min(batch_size, cached_tokens // longest))
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         done = generate_batch(model, [prompts[i] for i in chunk], end, max_new_tokens)
@@ -107,18 +116,10 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int,
 
 # ---- scores ------------------------------------------------------------------------------------------------
 
-def same_language(answer: str, target: str) -> bool | None:
-    """Do two regexes describe the same strings? An answer that does not parse: False; undecided: None."""
-    try:
-        return derivatives.equal(answer, target).equal
-    except ValueError:
-        return False
-
-
 def score(examples: list[Example], answers: list[str], stopped: list[bool], seen: set[tuple[str, str]],
-          is_regex: bool = False) -> dict:
-    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the training
-    pairs."""
+          scorer: tuple[str, Callable] | None = None) -> dict:
+    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the training pairs,
+    scorer is of scores.scorer_of."""
     n = len(examples)
     pairs = list(zip(examples, answers, strict=True))
     exact = [answer == e.code for e, answer in pairs]
@@ -127,45 +128,71 @@ def score(examples: list[Example], answers: list[str], stopped: list[bool], seen
               "prefix": sum(answer.startswith(e.code) for e, answer in pairs) / n,
               "stopped": sum(stopped) / n,
               "exact_unseen": sum(unseen) / len(unseen) if unseen else None}
-    if is_regex:
-        same = [same_language(answer, e.code) for e, answer in pairs]
-        scores |= {"dfa_equal": same.count(True) / n, "dfa_undecided": same.count(None)}
+    if scorer is not None:
+        column, right = scorer
+        verdicts = [right(answer, e) for e, answer in pairs]
+        scores[column] = verdicts.count(True) / n
+        if column == "dfa_equal":
+            scores["dfa_undecided"] = verdicts.count(None)
     return scores
 
 
 @torch.inference_mode()
-def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
+def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 64,
                 **view_options) -> tuple[Tensor, Tensor]:
     """pred and enc of every example, each (N, C), from the passes of jepa_loss.three_pass."""
     views = [render_views(example, tokenizer, **view_options) for example in examples]
-    batch = collate_three(views, [True] * len(views)).to(model.device)
-    return pick(model(batch.pred_ids), batch.pred_at), pick(model(batch.enc_ids), batch.enc_at)
+    pred, enc = [], []
+    for start in range(0, len(views), chunk):
+        part = views[start:start + chunk]
+        batch = collate_three(part, [True] * len(part)).to(model.device)
+        pred.append(pick(model(batch.pred_ids), batch.pred_at))
+        enc.append(pick(model(batch.enc_ids), batch.enc_at))
+    return torch.cat(pred), torch.cat(enc)
 
 
-def answer_texts(model: Transformer, tokenizer: Tokenizer, texts: list[str],
+@torch.inference_mode()
+def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 16,
+             **view_options) -> float:
+    """Next-token loss per target, over all examples."""
+    views, total, n = [render_views(e, tokenizer, **view_options) for e in examples], 0.0, 0
+    for start in range(0, len(views), chunk):
+        part = views[start:start + chunk]
+        batch = collate_three(part, [False] * len(part)).to(model.device)
+        total, n = total + ntp(model.head, model(batch.ids), batch.labels).item(), n + batch.n_tokens
+    return total / n
+
+
+def answer_texts(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
                  max_new_tokens: int) -> list[tuple[str, bool]]:
-    """(answer, ended by itself) for each text, in the plain format."""
-    prompts = [[tokenizer.begin, *tokenizer.encode(text), tokenizer.sep] for text in texts]
+    """(answer, ended by itself) to the text of each example, in the tokenizer's format."""
+    prompts = [render_prompt(example, tokenizer) for example in examples]
     longest = max(map(len, prompts))
     if longest >= model.config.max_seq_len:
         raise BadInput(f"a prompt of {longest} tokens leaves no room to answer in the model's context of "
                        f"{model.config.max_seq_len}")
-    answers = generate(model, prompts, tokenizer.end, max_new_tokens)
+    answers = generate(model, prompts, tokenizer.format.end, max_new_tokens)
     return [(tokenizer.decode(answer.ids), answer.stopped) for answer in answers]
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_options: dict, max_new_tokens: int,
              n: int | None = None) -> tuple[dict[str, float], list[str]]:
     """Scores and collapse report on the first n test examples (None: all), and the answers."""
-    began = time.perf_counter()
-    test = data.test[:n]
-    written = answer_texts(model, tokenizer, [e.text for e in test], max_new_tokens)
-    answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
-    result = score(test, answers, stopped, {(e.text, e.code) for e in data.train}, data.is_regex)
+    began, training = time.perf_counter(), model.training
+    model.eval()
+    test, answers = data.test[:n], []
+    if test[0].text_only:
+        result = {"ntp": mean_ntp(model, tokenizer, test, **view_options)}
+    else:
+        written = answer_texts(model, tokenizer, test, max_new_tokens)
+        answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
+        seen = {(e.text, e.code) for e in data.train}
+        result = score(test, answers, stopped, seen, scorer_of(data.name, data.folder))
     sample = test[:512]
     if len(sample) > 1:
         targets = [e.text if view_options["reverse"] else e.code for e in sample]
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
+    model.train(training)
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
                      "dataset": data.name, "source": data.source}, answers
 
@@ -177,20 +204,22 @@ def default_max_new_tokens(tokenizer: Tokenizer, train: list[Example]) -> int:
 
 # ---- report ------------------------------------------------------------------------------------------------
 
-COLUMNS = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "cos_paired", "cos_shuffled",
-           "retrieval_at_1", "n")
+COLUMNS = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct", "ntp", "cos_paired",
+           "cos_shuffled", "retrieval_at_1", "n")
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: a row per run; shares in percent, cosines as they are."""
+    """Markdown: a row per run; shares in percent, cosines and losses as they are. A column that no run has is
+    left out."""
     def cell(result: dict, column: str) -> str:
         value = result.get(column)
         if value is None:
             return "-"
         if column == "n":
             return str(value)
-        return f"{value:.4f}" if column.startswith("cos") else f"{100 * value:.2f}"
-    rows = [("run", *COLUMNS), *((name, *(cell(r, c) for c in COLUMNS)) for name, r in results.items())]
+        return f"{value:.4f}" if column.startswith(("cos", "ntp")) else f"{100 * value:.2f}"
+    columns = [c for c in COLUMNS if any(r.get(c) is not None for r in results.values())]
+    rows = [("run", *columns), *((name, *(cell(r, c) for c in columns)) for name, r in results.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -199,25 +228,37 @@ def table(results: dict[str, dict]) -> str:
 
 def brief(result: dict) -> str:
     """The first columns in one line."""
-    line = f"exact {result['exact']:.1%}, stopped {result['stopped']:.1%}"
+    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
+    if "ntp" in result:
+        parts.append(f"ntp {result['ntp']:.4f}")
     if "cos_paired" in result:
-        line += f", cosine {result['cos_paired']:.3f} (shuffled pairs {result['cos_shuffled']:.3f})"
-    return line
+        parts.append(f"cosine {result['cos_paired']:.3f} (shuffled pairs {result['cos_shuffled']:.3f})")
+    return ", ".join(parts)
 
 
 VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
 
 
-def load_run(folder: str | Path, device: str = "auto") -> tuple[dict, Transformer, Tokenizer]:
-    """What run.json holds, model and tokenizer of a run folder whose training is finished."""
+def load_model(folder: str | Path, device: str = "auto",
+               format: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """Model, in float32, and tokenizer of a finished run or of a Hugging Face folder."""
     folder = Path(folder)
-    run = read_json(folder / "run.json")
-    needed = {"dataset", "data_dir", "test_file", "n_train", "eval_split", "on_long", *VIEW_OPTIONS}
-    if not {"config", "source", "files", "max_new_tokens"} <= run.keys() or not needed <= set(run["config"]):
-        raise BadInput(f"{folder / 'run.json'}: not written by this program's train.py")
-    if not (folder / "model.safetensors").exists():
+    if (folder / "run.json").exists() and not (folder / "model.safetensors").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
-    return run, Transformer.from_pretrained(folder).to(pick_device(device)), Tokenizer.load(folder)
+    model = Transformer.from_pretrained(folder, torch.float32)
+    tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
+    return model.to(pick_device(device)).eval(), tokenizer
+
+
+def load_run(folder: str | Path) -> dict:
+    """What run.json holds."""
+    path = Path(folder) / "run.json"
+    run = read_json(path)
+    needed = {"dataset", "data_dir", "test_file", "n_train", "n_test", "eval_split", "on_long", "format",
+              *VIEW_OPTIONS}
+    if not {"config", "source", "files", "max_new_tokens"} <= run.keys() or not needed <= set(run["config"]):
+        raise BadInput(f"{path}: not written by this program's train.py")
+    return run
 
 
 def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool = False,
@@ -225,10 +266,11 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
     """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
     gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
     """
-    run, model, tokenizer = load_run(folder, device)
+    run = load_run(folder)
     c = run["config"]
+    model, tokenizer = load_model(folder, device, c["format"])
     data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"])
+                        c["eval_split"], c["n_test"])
     same = list(data.files.values()) == list(run["files"].values())
     if not same and not other_data:
         raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
@@ -242,29 +284,73 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
     return result
 
 
+def score_checkpoint(folder: str | Path, dataset: str, data_dir: str | None = None, test_file: str = "",
+                     n_test: int = 0, format: str = "auto", max_new_tokens: int | None = None,
+                     device: str = "auto") -> dict:
+    """Score any model on any dataset, and write nothing. Its predictor rows, if it has any, are used."""
+    data = load_dataset(dataset, data_dir or "data", test_file, n_test=n_test)
+    model, tokenizer = load_model(folder, device, format)
+    k = 0 if model.pred_embedding is None else len(model.pred_embedding)
+    options = dict(k=k, ntp_on="all", train_eos=True, pred_first=False, reverse=False)
+    fit_splits(data, tokenizer, model.config.max_seq_len, **options)
+    limit = max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+    return evaluate(model, tokenizer, data, options, limit)[0]
+
+
 def main() -> None:
-    parser = Parser(description="Score runs of train.py, or answer one text.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser = Parser(description="Score models, or answer one text.")
+    parser.add_argument("models", nargs="+", metavar="MODEL",
+                        help="run folders of train.py; with --dataset or --prompt also Hugging Face folders")
+    parser.add_argument("--dataset", help="score on this dataset instead of each run's own")
+    parser.add_argument("--test_file", help="with --dataset: the test split of a dataset of your own")
+    parser.add_argument("--n_test", type=int, help="with --dataset: score on the first N examples")
+    parser.add_argument("--format", choices=FORMATS,
+                        help="with --dataset or --prompt: of conversations (default: by the special tokens)")
     parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
     parser.add_argument("--other_data", action="store_true",
                         help="score on other files than the run's: a run on generated data on the published")
     parser.add_argument("--prompt", help="answer this text instead of scoring")
+    parser.add_argument("--system", help="with --prompt: the instruction (default: that of the run's data)")
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise BadInput(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    if args.prompt is None:
-        print(table({run: score_run(run, args.data_dir, args.other_data, args.max_new_tokens, args.device)
-                     for run in args.runs}))
+    mode = "prompt" if args.prompt is not None else "dataset" if args.dataset else "run"
+    takes = {"prompt": {"format", "system"}, "dataset": {"test_file", "n_test", "format", "data_dir"},
+             "run": {"data_dir", "other_data"}}
+    idle = [f"--{name}" for name in ("dataset", "test_file", "n_test", "format", "data_dir", "other_data",
+                                     "system")
+            if getattr(args, name) and name != mode and name not in takes[mode]]
+    if idle:
+        raise BadInput(f"{', '.join(idle)}: no effect " + (
+            f"with --{mode}" if mode != "run" else "without --dataset or --prompt"))
+    for name in ("max_new_tokens", "n_test"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+    if mode == "prompt":
+        for folder in args.models:
+            print(answer_prompt(folder, args))
         return
-    if args.data_dir or args.other_data:
-        raise BadInput("--data_dir and --other_data have no effect with --prompt")
-    for folder in args.runs:
-        run, model, tokenizer = load_run(folder, args.device)
-        limit = args.max_new_tokens or run["max_new_tokens"]
-        (answer, stopped), = answer_texts(model, tokenizer, [args.prompt], limit)
-        print(answer if stopped else answer + " ... (did not stop)")
+    results = {}
+    for folder in args.models:
+        if mode == "dataset":
+            results[folder] = score_checkpoint(folder, args.dataset, args.data_dir, args.test_file or "",
+                                               args.n_test or 0, args.format or "auto", args.max_new_tokens,
+                                               args.device)
+        else:
+            results[folder] = score_run(folder, args.data_dir, args.other_data, args.max_new_tokens,
+                                        args.device)
+    print(table(results))
+
+
+def answer_prompt(folder: str, args) -> str:
+    """The answer of one model to --prompt; a run's own limit, format and instruction are its defaults."""
+    run = load_run(folder) if (Path(folder) / "run.json").exists() else {}
+    model, tokenizer = load_model(folder, args.device,
+                                  args.format or run.get("config", {}).get("format", "auto"))
+    system = run.get("system", "") if args.system is None else args.system
+    limit = args.max_new_tokens or run.get("max_new_tokens", 256)
+    (answer, stopped), = answer_texts(model, tokenizer, [Example(args.prompt, "", system=system)], limit)
+    return answer if stopped else answer + " ... (did not stop)"
 
 
 if __name__ == "__main__":

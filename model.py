@@ -10,23 +10,21 @@ Tensor names are those of a Hugging Face Llama checkpoint, so loading and saving
 Letters: B rows, T tokens in a row, S keys (cached ones included), C width, H heads, K key-value heads, D head
 width, V vocabulary, k predictor tokens.
 """
-import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import BadInput, atomic, read_json, write_text
+from checkpoint import hf_name, load_tensor, read_config, save_tensors, tensor_files, write_config
+from files import BadInput
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a model; HF_NAMES has the names of these fields in config.json."""
+    """The shape of a model; checkpoint.HF_NAMES has the names of these fields in config.json."""
     vocab_size: int  # V; predictor tokens are not counted
     dim: int = 256  # C
     n_layers: int = 4
@@ -39,12 +37,8 @@ class ModelConfig:
     rope_scaling: dict | None = None  # Llama 3.1's, of rope_type llama3
     norm_eps: float = 1e-5
     tie_embeddings: bool = True  # the head is the embedding
+    others: dict = field(default_factory=dict)  # what else config.json says: handed back as it was
 
-
-HF_NAMES = dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
-                n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
-                ffn_dim="intermediate_size", max_seq_len="max_position_embeddings", rope_theta="rope_theta",
-                rope_scaling="rope_scaling", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
 
 PRESETS = {
     "nano": dict(),  # the defaults above: about 3.5 M parameters
@@ -137,6 +131,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
+class Projection(nn.Linear):
+    """x W', and with LoRA (arXiv 2106.09685) x W' + 2 dropout(x) A' B': alpha = 2 r, as the paper's code has
+    it. A is (r, in), B (out, r); B begins at 0, so that an untrained adapter changes nothing."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+        self.lora_a = self.lora_b = None
+        self.dropout = 0.0
+
+    def add_lora(self, rank: int, dropout: float, generator: torch.Generator) -> None:
+        bound = self.in_features**-0.5
+        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(torch.zeros(self.out_features, rank))
+        self.dropout = dropout
+
+    def merged(self) -> Tensor:
+        return self.weight if self.lora_a is None else self.weight + 2 * self.lora_b @ self.lora_a
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        if self.lora_a is None:
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)  # (..., r)
+        return y + 2 * F.linear(low, self.lora_b)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key-value heads (arXiv 2305.13245)."""
 
@@ -144,10 +164,10 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.layer, self.head_dim = layer, D
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Projection(C, H * D)
+        self.k_proj = Projection(C, K * D)
+        self.v_proj = Projection(C, K * D)
+        self.o_proj = Projection(H * D, C)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
@@ -167,9 +187,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_proj = Projection(config.dim, config.ffn_dim)
+        self.up_proj = Projection(config.dim, config.ffn_dim)
+        self.down_proj = Projection(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -193,21 +213,24 @@ class Transformer(nn.Module):
     """`model(ids, positions, mask)` gives hidden states after the final norm, `model.head(hidden)` logits.
 
     Weights depend on (config, seed) alone; the k rows of `pred_embedding` come from a generator of their own,
-    so that k changes no other weight.
+    so that k changes no other weight. With seed None the weights have no memory yet: `from_pretrained` fills
+    them.
     """
 
-    def __init__(self, config: ModelConfig, k: int = 0, seed: int = 0):
+    def __init__(self, config: ModelConfig, k: int = 0, seed: int | None = 0):
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # no memory, no random numbers: init_weights or a checkpoint fills them
+        with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
             if not config.tie_embeddings:
                 self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.to_empty(device="cpu")
-        self.init_weights(seed)
-        self.add_predictors(k, seed)
+        self.pred_embedding = None  # (k, C)
+        if seed is not None:
+            self.to_empty(device="cpu")
+            self.init_weights(seed)
+            self.add_predictors(k, seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -224,9 +247,28 @@ class Transformer(nn.Module):
                 weight.normal_(0.0, std, generator=generator)
 
     def add_predictors(self, k: int, seed: int) -> None:
+        """k new rows of pred_embedding, in place of those that there are."""
         generator = torch.Generator().manual_seed(seed + 1)
         rows = torch.empty(k, self.config.dim).normal_(0.0, 0.02, generator=generator)
-        self.pred_embedding = nn.Parameter(rows) if k else None  # (k, C)
+        self.pred_embedding = nn.Parameter(rows) if k else None
+
+    def add_lora(self, rank: int, dropout: float, seed: int) -> None:
+        """Adapters on the seven projections of every block; nothing but these and pred_embedding is trained
+        then."""
+        generator = torch.Generator().manual_seed(seed + 2)
+        for weight in self.parameters():
+            weight.requires_grad_(weight is self.pred_embedding)
+        for module in self.layers.modules():
+            if isinstance(module, Projection):
+                module.add_lora(rank, dropout, generator)
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Add the adapters to the weights, and drop them."""
+        for module in self.layers.modules():
+            if isinstance(module, Projection):
+                module.weight.copy_(module.merged())
+                module.lora_a = module.lora_b = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, C); ids from V on are predictor tokens."""
@@ -272,43 +314,49 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors as Hugging Face has them, and pred_embedding.safetensors if
-        k > 0."""
+        k > 0. Adapters must be merged."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = dict(self.named_parameters())
-        tensors = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        tensors = {hf_name(name): weight.detach().cpu() for name, weight in self.named_parameters()}
+        if any("lora_" in name for name in tensors):
+            raise ValueError("merge_lora() first: a Hugging Face folder has no place for adapters")
         pred = tensors.pop("model.pred_embedding", None)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_text(folder / "config.json", json.dumps(hf_config(self.config, dtype), indent=2) + "\n")
+        write_config(folder / "config.json", asdict(self.config), dtype)
         save_tensors(folder / "model.safetensors", tensors)
         if pred is not None:
             save_tensors(folder / "pred_embedding.safetensors", {"pred_embedding": pred})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Transformer":
-        """The model that `save_pretrained` wrote. BadInput names a missing, extra or misshapen tensor."""
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Transformer":
+        """The model of a Hugging Face folder with model_type llama, or of a run of ours.
+
+        dtype: of the weights; None: as they are stored. BadInput names the file, and a tensor that is
+        missing, unknown, misshapen or of another type. Every tensor goes straight from the mapped file into
+        its parameter: the peak of memory is the weights and one tensor.
+        """
         folder = Path(folder)
-        model = cls(config_from_hf(folder / "config.json"))
+        config, stored = ModelConfig(**read_config(folder / "config.json")), tensor_files(folder)
+        if config.n_layers > len(stored):
+            raise BadInput(f"{folder}: has fewer tensors than config.json has layers")
+        model = cls(config, seed=None)
+        for name, weight in list(model.named_parameters()):
+            theirs, (module, _, leaf) = hf_name(name), name.rpartition(".")
+            if theirs not in stored:
+                raise BadInput(f"{folder}: tensor {theirs} is missing; is config.json another model's?")
+            tensor = load_tensor(stored.pop(theirs), theirs, weight.shape, dtype)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        if config.tie_embeddings and "lm_head.weight" in stored:  # some exports write it twice
+            embedding = model.embed_tokens.weight
+            twin = load_tensor(stored.pop("lm_head.weight"), "lm_head.weight", embedding.shape, dtype)
+            if not torch.equal(twin, embedding):
+                raise BadInput(f"{folder}: config.json ties lm_head.weight to the embedding, but they differ")
+        if stored:
+            raise BadInput(f"{folder}: unknown tensor {min(stored)}; is config.json another model's?")
         pred_file = folder / "pred_embedding.safetensors"
         if pred_file.exists():
-            pred = load_tensors(pred_file).get("pred_embedding")
-            if pred is None or pred.dim() != 2 or pred.shape[1] != model.config.dim:
-                raise BadInput(f"{pred_file}: expected a tensor pred_embedding (k, {model.config.dim})")
-            model.pred_embedding = nn.Parameter(pred)
-        path = folder / "model.safetensors"
-        tensors = load_tensors(path)
-        for name, weight in model.named_parameters():
-            if name == "pred_embedding":
-                continue
-            tensor = tensors.pop(hf_name(name), None)
-            if tensor is None:
-                raise BadInput(f"{path}: tensor {hf_name(name)} is missing; is config.json another model's?")
-            if tensor.shape != weight.shape:
-                raise BadInput(f"{path}: tensor {hf_name(name)} has shape {tuple(tensor.shape)}, "
-                               f"config.json asks for {tuple(weight.shape)}")
-            weight.data = tensor
-        if tensors:
-            raise BadInput(f"{path}: unknown tensor {min(tensors)}; is config.json another model's?")
+            tensor = load_tensor(pred_file, "pred_embedding", (None, config.dim), dtype)
+            model.pred_embedding = nn.Parameter(tensor)
         return model
 
 
@@ -325,52 +373,3 @@ def pick_device(name: str) -> torch.device:
         raise BadInput(f"--device {name}: not available here")
     best = next(device for device in ("cuda", "mps", "cpu") if device_available(device))
     return torch.device(best if name == "auto" else name)
-
-
-def hf_name(name: str) -> str:
-    return name if name.startswith("lm_head") else "model." + name
-
-
-def hf_config(config: ModelConfig, dtype: str) -> dict:
-    """What config.json holds, for `transformers.AutoModelForCausalLM`."""
-    ours = asdict(config)
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False, "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None,
-            **{theirs: ours[name] for name, theirs in HF_NAMES.items()}}
-
-
-def config_from_hf(path: Path) -> ModelConfig:
-    """A ModelConfig from config.json; BadInput if it is that of another kind of model."""
-    theirs = read_json(path)
-    if theirs.get("model_type") != "llama":
-        raise BadInput(f"{path}: model_type is {theirs.get('model_type')!r}, only 'llama' is known here")
-    ours = {}
-    for field in fields(ModelConfig):
-        key = HF_NAMES[field.name]
-        if key not in theirs:
-            raise BadInput(f"{path}: {key} is missing")
-        ours[field.name] = theirs[key]
-        if not isinstance(theirs[key], field.type):
-            raise BadInput(f"{path}: {key} is {theirs[key]!r}, which is not of type {field.type}")
-    return ModelConfig(**ours)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically; OSError if the disk does not take it."""
-    try:
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; BadInput if there is none or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None

@@ -176,6 +176,7 @@ def read_tokenizer_json(path: Path) -> dict:
 FORMAT_TOKENS = {"plain": ("<|begin|>", "<|sep|>", "<|end|>"),
                  "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
                  "chatml": ("<|im_start|>", "<|im_end|>")}
+FORMATS = ("auto", *FORMAT_TOKENS)  # auto: the first of these whose special tokens the tokenizer has
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Format:
 
 
 def make_format(name: str, special: dict[str, int], encode: Callable[[str], list[int]]) -> Format:
-    """name: a key of FORMAT_TOKENS, or auto: the first whose tokens are all there. BadInput if none is."""
+    """name: one of FORMATS. BadInput if the tokenizer lacks its special tokens."""
     if name == "auto":
         name = next((n for n, tokens in FORMAT_TOKENS.items() if special.keys() >= set(tokens)), "")
         if not name:
@@ -231,7 +232,7 @@ class Tokenizer:
     pattern     cuts a text into the pieces within which tokens merge
     special     special token -> id; None: those of the plain format, behind the ranks
     nfc         texts are brought to Unicode's form NFC first
-    format      a key of FORMAT_TOKENS, or auto: by the special tokens
+    format      one of FORMATS
     vocab_size  V of the model, whose vocabulary may be larger than the tokenizer's; 0: just what is needed
     files       what `save` writes; None: the two files of a vocabulary of our own
     """

@@ -1,9 +1,11 @@
-"""Train LLM-JEPA from scratch: settings, the loop, resume.
+"""Train LLM-JEPA, from scratch or from a checkpoint: settings, the loop, resume.
 
     python train.py --dataset nlrx_synth                    LLM-JEPA with all defaults
     python train.py --dataset nlrx_synth --lam 0            the baseline: plain next-token training
     python train.py --dataset nlrx_synth --passes three     the paper's three passes, not the fused one
     python train.py --dataset my.jsonl --test_file my_test.jsonl
+    python train.py --dataset gsm8k --init_from DIR         fine-tune the Llama-style model of a Hugging Face
+                                                            folder, or a run; --lora_rank 64: adapters only
 
 A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt
 (the last checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and
@@ -23,16 +25,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLISHED, Dataset, Sampler, Tokenizer, Views, collate_fused, collate_three
-from data import fit_splits, load_dataset, loss_dropout, render_views, train_bpe
+from data import PUBLISHED, Dataset, Sampler, Views, collate_fused, collate_three
+from data import fit_splits, load_dataset, loss_dropout, render_views
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, atomic, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
 from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
+from published import sha256
+from tokenizer import FORMATS, Tokenizer, train_bpe
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -49,10 +54,15 @@ class Config:
     data_dir: str = opt("data", "where the published files are")
     test_file: str = opt("", "the test split of a dataset of your own")
     n_train: int = opt(0, "train on the first N examples; 0: all")
+    n_test: int = opt(0, "score on the first N examples; 0: all")
     eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, held out")
     on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is")
     vocab_size: int = opt(512, "at most so many byte-level BPE tokens, trained on the train split")
+    format: Literal[FORMATS] = opt("auto", "of conversations; auto: by the tokenizer's special tokens")
     # model
+    init_from: str = opt("", "a Hugging Face folder of a Llama-style model, or a run: begin with its weights")
+    lora_rank: int = opt(0, "train adapters of this rank in place of the weights; 0: the weights")
+    lora_dropout: float = opt(0.1, "in front of the adapters")
     preset: Literal[tuple(PRESETS)] = opt("nano", "shape of the model")
     dim: int = opt(0, "width C; 0: the preset's")
     n_layers: int = opt(0, "blocks; 0: the preset's")
@@ -96,6 +106,10 @@ class Config:
     out: str = opt("", "run folder (default: runs/, named after the dataset and what is not default)")
 
 
+# Other defaults with --init_from: the paper's protocol, and the middle of its learning rates
+FINE_TUNING = {"lr": 2e-5, "epochs": 4, "batch_size": 16}
+
+
 def parse_config(argv: list[str] | None = None) -> Config:
     """A valid Config from the command line. BadInput names everything that is wrong with it, in one line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,14 +123,16 @@ def parse_config(argv: list[str] | None = None) -> Config:
             extra["action"] = argparse.BooleanOptionalAction
         else:
             extra["type"] = hint
-        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        tuned = f"; with --init_from {FINE_TUNING[f.name]}" if f.name in FINE_TUNING else ""
+        shown = "" if f.default in (None, "") else f" (default: {f.default}{tuned})"
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + shown, **extra)
     given = vars(parser.parse_args(argv))
-    config = Config(**given)
+    config = Config(**(FINE_TUNING if given.get("init_from") else {}) | given)
     problems = check(config, set(given))
     if problems:
         raise BadInput("; ".join(problems))
-    model_config(config, config.vocab_size)  # raises where the shape makes no sense
+    if not config.init_from:
+        model_config(config, config.vocab_size)  # raises where the shape makes no sense
     if not config.lam:
         config.k = 0  # no predictor tokens: none would be trained
     config.out = config.out or str(Path("runs") / describe(config))
@@ -128,12 +144,13 @@ def check(c: Config, given: set[str]) -> list[str]:
     problems = [f"--{name} {getattr(c, name)}: must be {what}" for what, test, names in (
         ("at least 1", lambda x: x >= 1, ("epochs", "batch_size", "log_every")),
         ("0 or more", lambda x: x >= 0, (
-            "n_train", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "k", "max_steps", "micro_batch",
-            "max_seq_len", "row_len", "checkpoint_every", "max_new_tokens")),
+            "n_train", "n_test", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "k", "max_steps",
+            "micro_batch", "max_seq_len", "row_len", "checkpoint_every", "max_new_tokens", "lora_rank")),
         ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63 - 1, ("seed",)),
         ("a number, 0 or more", lambda x: 0 <= x < math.inf, ("lam", "gamma", "weight_decay")),
         ("a number above 0", lambda x: 0 < x < math.inf, ("temperature", "lr", "clip")),
-        ("at least 0 and below 1", lambda x: 0 <= x < 1, ("alpha", "warmup", "beta1", "beta2")),
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, ("alpha", "warmup", "beta1", "beta2",
+                                                             "lora_dropout")),
         ("at least 256, a token for each byte", lambda x: x >= 256, ("vocab_size",)),
     ) for name in names if not test(getattr(c, name))]
     own = c.dataset.endswith(".jsonl")
@@ -163,6 +180,19 @@ def check(c: Config, given: set[str]) -> list[str]:
         problems.append("a dataset of your own needs --test_file or --eval_split valid")
     if own:
         inert(("data_dir",), "with a dataset of your own")
+    if c.init_from:
+        inert(("vocab_size", "preset", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"),
+              "with --init_from")
+    elif c.lora_rank:
+        problems.append("--lora_rank needs --init_from: adapters of random weights learn little")
+    elif c.format not in ("auto", "plain"):
+        problems.append(f"--format {c.format} needs --init_from: a tokenizer of our own has the plain format")
+    if not c.lora_rank:
+        inert(("lora_dropout",), "without --lora_rank")
+    if c.dataset == "paraphrase":
+        if c.eval_split != "valid":
+            problems.append("paraphrase has no test split: it needs --eval_split valid")
+        inert(("max_new_tokens",), "with paraphrase, where nothing is answered")
     if c.micro_batch > c.batch_size:
         problems.append(f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}")
     if not device_available(c.device):
@@ -177,7 +207,9 @@ def describe(c: Config) -> str:
         value = getattr(c, f.name)
         if f.name in ("dataset", "data_dir", "test_file", "device", "out") or f.name == "k" and not c.lam:
             continue
-        if value != f.default:
+        if f.name == "init_from":
+            parts.extend(["from", Path(value).name] if value else [])
+        elif value != (FINE_TUNING if c.init_from else {}).get(f.name, f.default):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
     return "-".join(parts)
 
@@ -234,11 +266,21 @@ def micro_batches(c: Config, train: list[Views], indices: list[int], step: int) 
             for start in range(0, len(indices), size)]
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, and so what a checkpoint holds: everything, or with LoRA the adapters and [PRED]."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def step_seed(seed: int, step: int) -> int:
+    return int(np.random.default_rng([seed, step, 2]).integers(2**63))
+
+
 def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
     """AdamW; norms' gains are not decayed."""
-    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
-    vectors = [weight for weight in model.parameters() if weight.dim() < 2]
+    matrices = [weight for weight in trainable(model).values() if weight.dim() >= 2]
+    vectors = [weight for weight in trainable(model).values() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
 
 
@@ -266,8 +308,11 @@ def open_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int
     """Make the run folder, or recognise it: what run.json holds. BadInput if it is another run's."""
     folder = Path(c.out)
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
-    record = {"config": asdict(c), "source": data.source, "files": data.files, "dtype": dtype,
-              "max_new_tokens": max_new_tokens, "device": str(device), "git_commit": git_commit(),
+    init = {str(path): sha256(path) for path in sorted(Path(c.init_from).glob("*.safetensors"))
+            } if c.init_from else {}
+    record = {"config": asdict(c), "source": data.source, "files": data.files, "init": init, "dtype": dtype,
+              "system": data.train[0].system, "max_new_tokens": max_new_tokens, "device": str(device),
+              "git_commit": git_commit(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if not (folder / "run.json").exists():
         if folder.exists() and any(path.name != "run.json.tmp" for path in folder.iterdir()):
@@ -285,6 +330,9 @@ def open_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int
         raise BadInput(f"{folder} holds a run with {', '.join(different)}; choose another --out")
     if list(old["files"].values()) != list(data.files.values()):
         raise BadInput(f"{folder} holds a run on other data ({', '.join(old['files'])}); "
+                       "choose another --out")
+    if list(old.get("init", {}).values()) != list(init.values()):
+        raise BadInput(f"{folder} holds a run from other weights: {c.init_from} has changed; "
                        "choose another --out")
     for name in ("git_commit", "versions"):
         if old.get(name) != record[name]:
@@ -316,7 +364,12 @@ def restore(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) 
     if state is None:
         return 0, 0, 0, 0
     try:
-        model.load_state_dict(state["model"])
+        weights = trainable(model)
+        if state["model"].keys() != weights.keys():
+            raise KeyError
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["examples"], state["tokens"], state["metrics_size"]
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
@@ -355,14 +408,32 @@ def announce(data: Dataset) -> None:
         print(f"  {path} sha256 {digest[:12]}")
 
 
+def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
+    """New weights and a tokenizer of the train split's own, or both from --init_from."""
+    if not c.init_from:
+        texts = [text for e in data.train for text in (e.text, e.code)]
+        tokenizer = Tokenizer(train_bpe(texts, c.vocab_size))
+        return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
+    if not Path(c.init_from).is_dir():
+        raise BadInput(f"--init_from {c.init_from}: no such folder")
+    model = Transformer.from_pretrained(c.init_from, torch.float32)
+    tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
+    if model.pred_embedding is None or len(model.pred_embedding) != c.k:
+        model.add_predictors(c.k, c.seed)
+    if c.lora_rank:
+        model.add_lora(c.lora_rank, c.lora_dropout, c.seed)
+    return model, tokenizer
+
+
 def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict,
            limit: int) -> dict:
-    """Write the model and its score on the whole test split; print five answers."""
+    """Write the model, adapters merged, and its score on the whole test split; print five answers."""
+    model.merge_lora()
     model.save_pretrained(folder)
     tokenizer.save(folder)
     result, answers = evaluate(model, tokenizer, data, options, limit)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
-    for example, answer in list(zip(data.test, answers, strict=True))[:5]:
+    for example, answer in zip(data.test[:5], answers[:5], strict=False):  # paraphrase has no answers
         print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
             "" if answer == example.code else "   <- differs"))
     return result
@@ -372,19 +443,19 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 
 def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds."""
-    data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split)
+    data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
     announce(data)
     device, folder = pick_device(c.device), Path(c.out)
-    tokenizer = Tokenizer(train_bpe([text for e in data.train for text in (e.text, e.code)], c.vocab_size))
-    shape, options = model_config(c, tokenizer.vocab_size), {name: getattr(c, name) for name in VIEW_OPTIONS}
-    fit_splits(data, tokenizer, shape.max_seq_len, c.on_long, **options)
+    model, tokenizer = make_model(c, data)
+    options = {name: getattr(c, name) for name in VIEW_OPTIONS}
+    fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
     limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     dtype = open_run(c, data, device, limit)["dtype"]
     if (folder / "eval.json").exists():
         print(f"{folder}: finished before")
         return read_json(folder / "eval.json")
 
-    model = Transformer(shape, c.k, c.seed).to(device, torch.float64 if dtype == "float64" else torch.float32)
+    model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     examples = [render_views(example, tokenizer, **options) for example in data.train]
     sampler = Sampler([len(views.main) for views in examples], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
@@ -396,13 +467,16 @@ def train(c: Config) -> dict:
     step_losses = Step(model, c, dtype)
     if compiled:
         step_losses = torch.compile(step_losses, dynamic=True)
-    print(f"{model.n_params():,} parameters, {len(examples)} examples, {total} steps on {device} in "
-          f"{dtype}{', compiled' if compiled else ''}; run folder {folder}"
-          f"{f', from step {start}' if start else ''}", flush=True)
+    weights = trainable(model)
+    n_trained = sum(weight.numel() for weight in weights.values())
+    print(f"{model.n_params():,} parameters{f' ({n_trained:,} trained)' if c.lora_rank else ''}, "
+          f"{len(examples)} examples, {total} steps on {device} in {dtype}{', compiled' if compiled else ''}"
+          f"; run folder {folder}{f', from step {start}' if start else ''}", flush=True)
 
     bar = tqdm(range(start, total), initial=start, total=total, disable=None, unit="step", dynamic_ncols=True)
     clock, clock_tokens = time.perf_counter(), n_tokens_seen
     for step in bar:
+        torch.manual_seed(step_seed(c.seed, step))  # of the adapters' dropout
         batches = micro_batches(c, examples, sampler.indices(step), step)
         n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
         for group in optimizer.param_groups:
@@ -412,7 +486,7 @@ def train(c: Config) -> dict:
             losses = step_losses(batch.to(device))
             total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
             ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -435,7 +509,7 @@ def train(c: Config) -> dict:
             clock += look["seconds"]
             tqdm.write(f"epoch {where['epoch']:.0f}, {look['n']} {c.eval_split} items: {brief(look)}")
         if done % every == 0 or done == total:
-            save_state(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            save_state(folder, {"model": weights, "optimizer": optimizer.state_dict(),
                                 "step": done, "examples": n_examples, "tokens": n_tokens_seen,
                                 "metrics_size": metrics.size()})
     return finish(folder, model, tokenizer, data, options, limit)

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-from data import Example, Tokenizer, train_bpe  # noqa: E402
+from data import Example  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
+from tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
          ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),

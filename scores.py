@@ -1,0 +1,131 @@
+"""What an answer is worth, by the dataset that asked. Every scorer is `scorer(answer, example) -> bool`; the
+dataset decides which (SCORERS), never a file's name. An empty answer is wrong everywhere.
+
+Plain exact and prefix match, which every dataset has, are in eval.py.
+"""
+import re
+import sqlite3
+import string
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+import derivatives
+from data import Example
+from files import BadInput
+
+
+def same_language(answer: str, example: Example) -> bool | None:
+    """NL-RX: the two regexes describe the same set of strings, decided by derivatives.py. What does not parse
+    is wrong; None: not decided within bounds."""
+    try:
+        return derivatives.equal(answer, example.code).equal
+    except ValueError:
+        return False
+
+
+NUMBER = r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
+
+
+def final_number(solution: str) -> Decimal | None:
+    """The number behind the first "####", if it is the only one on that line."""
+    found = re.match(rf"[ \t]*\$?({NUMBER})([^\n]*)", solution.partition("####")[2])
+    if found is None or re.search("[0-9]", found[2]):
+        return None
+    return Decimal(found[1].replace(",", ""))
+
+
+def final_answer(answer: str, example: Example) -> bool:
+    """GSM8K: the number behind the first "####" equals the target's. Commas between thousands, a dollar sign
+    in front and a unit behind do not count, 18.0 is 18; a second number on the line is hedging, and wrong. So
+    is an answer without the marker, even if the right number stands in it."""
+    return (number := final_number(answer)) is not None and number == final_number(example.code)
+
+
+def choice(answer: str, example: Example) -> bool:
+    """rotten_tomatoes, yelp, hellaswag: the word or letter itself, whatever its case; white space around it
+    and one mark of ")" or "." behind it do not count, anything else does ("Good film" is no answer)."""
+    return re.sub(r"[.)]$", "", answer.strip()).casefold() == example.code.casefold()
+
+
+def plain_words(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous white space."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def any_of(answer: str, example: Example) -> bool:
+    """nq_open: the answer is one of the target's, which "; " separates, up to case, punctuation and articles
+    (the usual rule of open question answering). An answer with nothing left after that is wrong."""
+    return plain_words(answer) != "" and plain_words(answer) in map(plain_words, example.code.split("; "))
+
+
+# ---- Spider: what the query returns ------------------------------------------------------------------------
+
+MAX_STEPS = 50_000_000  # of SQLite's machine
+MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 100_000, 200, 100_000  # of a result; bytes of one value
+MAX_MEMORY = 256 << 20  # of all of SQLite, in bytes
+READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+
+
+def run_query(database: Path, query: str) -> list[tuple] | None:
+    """The rows of a single SELECT, or None if it fails or is not one.
+
+    The file is opened read-only, and nothing but reading is authorized: no write, attach, pragma or
+    extension. A query ends after MAX_STEPS steps of SQLite's machine, not seconds, so that the verdict is the
+    same everywhere; it may not use more than MAX_MEMORY, nor any temporary file.
+    """
+    connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+    try:
+        connection.text_factory = bytes  # some of Spider's text is not UTF-8
+        connection.execute(f"PRAGMA hard_heap_limit={MAX_MEMORY}")
+        connection.execute("PRAGMA temp_store=MEMORY")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000)
+        connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READS
+                                  else sqlite3.SQLITE_DENY)
+        calls = iter(range(MAX_STEPS // 10_000))
+        connection.set_progress_handler(lambda: next(calls, None) is None, 10_000)
+        rows = connection.execute(query).fetchmany(MAX_ROWS + 1)
+        return rows if len(rows) <= MAX_ROWS else None
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
+        return None
+    finally:
+        connection.close()
+
+
+def same_result(answer: str, example: Example, databases: Path) -> bool:
+    """Spider: answer and target, run on the example's database, return the same rows with the same columns in
+    the same order; the order of rows counts where the target has ORDER BY. A query that fails, writes, runs
+    too long or returns too much is wrong, whatever the target returns. BadInput if the database is missing.
+    """
+    found = re.match(r"For db_id:\[(\w+)\]", example.text)
+    if not found:
+        raise BadInput(f"{example.where}: does not begin with For db_id:[...]")
+    database = databases / found[1] / f"{found[1]}.sqlite"
+    if not database.is_file():
+        raise BadInput(f"{database}: no such database; run `python data.py download spider --data_dir ...`")
+    ours, theirs = run_query(database, answer), run_query(database, example.code)
+    if ours is None or theirs is None:
+        return False
+    ordered = re.search(r"\border\s+by\b", example.code, re.IGNORECASE)
+    return ours == theirs if ordered else Counter(ours) == Counter(theirs)
+
+
+# ---- which is whose ----------------------------------------------------------------------------------------
+
+SCORERS = {"nlrx_synth": ("dfa_equal", same_language), "nlrx_turk": ("dfa_equal", same_language),
+           "gsm8k": ("correct", final_answer), "spider": ("correct", same_result),
+           "rotten_tomatoes": ("correct", choice), "yelp": ("correct", choice),
+           "hellaswag": ("correct", choice), "nq_open": ("correct", any_of)}
+
+
+def scorer_of(dataset: str, data_dir: str | Path) -> tuple[str, Callable] | None:
+    """(column, scorer) of a dataset; None: it has no more than exact and prefix."""
+    column, scorer = SCORERS.get(dataset, (None, None))
+    if scorer is same_result:
+        scorer = partial(same_result, databases=Path(data_dir) / "spider_data" / "database")
+    return column and (column, scorer)
