@@ -64,8 +64,10 @@ def read_config(path: Path) -> dict:
     if ours["n_heads"] % ours["n_kv_heads"] or ours["head_dim"] % 2:
         raise BadInput(f"{path}: num_key_value_heads must divide num_attention_heads, and head_dim be even")
     known = {*(key for key, _ in HF_NAMES.values()), "rope_scaling", "rope_parameters", "torch_dtype",
-             "dtype", "transformers_version"}
-    return ours | {"others": {key: value for key, value in theirs.items() if key not in known}}
+             "dtype", "transformers_version", "architectures", "model_type", "hidden_act", "attention_bias",
+             "mlp_bias"}
+    others = {key: value for key, value in theirs.items() if key not in known and value is not None}
+    return ours | {"others": others}
 
 
 def rope_scaling(path: Path, scaling: dict) -> dict | None:

@@ -8,6 +8,7 @@ import http.client
 import shutil
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -103,7 +104,7 @@ def unzip(archive: Path, folder: Path) -> None:
                     raise BadInput(f"{archive}: member {name!r} would leave {folder}; nothing was unpacked")
             content.extractall(temporary)
         temporary.rename(folder)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown, encrypted
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise BadInput(f"{archive}: not a zip file that can be read ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

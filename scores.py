@@ -6,6 +6,7 @@ Plain exact and prefix match, which every dataset has, are in eval.py.
 import re
 import sqlite3
 import string
+import time
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
@@ -64,18 +65,18 @@ def any_of(answer: str, example: Example) -> bool:
 
 # ---- Spider: what the query returns ------------------------------------------------------------------------
 
-MAX_STEPS = 50_000_000  # of SQLite's machine
-MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 100_000, 200, 100_000  # of a result; bytes of one value
-MAX_MEMORY = 256 << 20  # of all of SQLite, in bytes
+MAX_STEPS, MAX_SECONDS = 50_000_000, 30  # of SQLite's machine; of the clock
+MAX_ROWS, MAX_COLUMNS = 100_000, 200
+MAX_BYTES, MAX_RESULT, MAX_MEMORY = 100_000, 50 << 20, 256 << 20  # of a value, a result, all of SQLite
 READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
 def run_query(database: Path, query: str) -> list[tuple] | None:
-    """The rows of a single SELECT, or None if it fails or is not one.
+    """The rows of a single SELECT, or None if it fails, is none, or is out of bounds.
 
-    The file is opened read-only, and nothing but reading is authorized: no write, attach, pragma or
-    extension. A query ends after MAX_STEPS steps of SQLite's machine, not seconds, so that the verdict is the
-    same everywhere; it may not use more than MAX_MEMORY, nor any temporary file.
+    The file is opened read-only, and nothing but reading is authorized: no write, attach, pragma, extension
+    or temporary file. What ends an endless query is nearly always MAX_STEPS, so that the verdict is the same
+    on every machine; MAX_SECONDS is for steps that are slow by themselves.
     """
     connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
     try:
@@ -87,10 +88,15 @@ def run_query(database: Path, query: str) -> list[tuple] | None:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000)
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READS
                                   else sqlite3.SQLITE_DENY)
-        calls = iter(range(MAX_STEPS // 10_000))
-        connection.set_progress_handler(lambda: next(calls, None) is None, 10_000)
-        rows = connection.execute(query).fetchmany(MAX_ROWS + 1)
-        return rows if len(rows) <= MAX_ROWS else None
+        calls, end = iter(range(MAX_STEPS // 10_000)), time.monotonic() + MAX_SECONDS
+        connection.set_progress_handler(lambda: next(calls, None) is None or time.monotonic() > end, 10_000)
+        cursor, rows, size = connection.execute(query), [], 0
+        for row in cursor:
+            rows.append(row)
+            size += sum(len(value) for value in row if isinstance(value, bytes))
+            if len(rows) > MAX_ROWS or size > MAX_RESULT:
+                return None
+        return rows if cursor.description else None  # an empty statement has no columns
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
         return None
     finally:

@@ -257,8 +257,8 @@ class Tokenizer:
         try:
             self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=padded,
                                               special_tokens={})
-        except ValueError as error:
-            raise BadInput(f"tokenizer: its pattern {pattern!r} is no regex ({error})") from None
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"the tokenizer's pattern {pattern!r} is no regex ({error})") from None
         self.format = make_format(format, special, self.encode)
 
     def encode(self, text: str) -> list[int]:
@@ -299,15 +299,17 @@ class Tokenizer:
         own = folder / "tokenizer_config.json"
         pattern = read_json(own).get("pattern") if own.exists() else None
         files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
-        options = {"vocab_size": vocab_size, "format": format, "files": files}
         if (folder / "tokenizer.json").exists():
-            return cls(**read_tokenizer_json(folder / "tokenizer.json"), **options)
-        if not (folder / "tokenizer.model").exists():
+            options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}
+        elif not (folder / "tokenizer.model").exists():
             raise BadInput(f"{folder / 'tokenizer.json'}: no such file, and no tokenizer.model either")
-        ranks = read_tiktoken(folder / "tokenizer.model")
-        if pattern is None:
+        else:
+            ranks = read_tiktoken(folder / "tokenizer.model")
             special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
-            return cls(ranks, LLAMA3, special, **options)
-        if not isinstance(pattern, str):
-            raise BadInput(f"{own}: its pattern is no string")
-        return cls(ranks, pattern, **options | {"files": None})
+            options = {"ranks": ranks, "pattern": LLAMA3, "special": special, "files": files}
+            if pattern is not None:
+                options = {"ranks": ranks, "pattern": pattern}
+        try:
+            return cls(**options, vocab_size=vocab_size, format=format)
+        except BadInput as error:
+            raise BadInput(f"{folder}: {error}") from None

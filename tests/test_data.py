@@ -1,22 +1,19 @@
-"""data.py: a rendered example as literals, batches, the tokenizer against tiktoken, steps, files and
-downloads."""
-import functools
-import http.server
+"""data.py: rendered examples as literals, batches, steps, files."""
 import json
-import threading
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import regex
 import torch
 from conftest import PAIRS, ROOT, SHARED_DATA
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-from data import Example, Sampler, Tokenizer, collate_fused, collate_three, lay_out, load_dataset
-from data import fitting, loss_dropout, merge, pack, picture, read_jsonl, render_views, train_bpe
+from data import Example, Sampler, collate_fused, collate_three, lay_out, load_dataset
+from data import fitting, loss_dropout, pack, picture, read_jsonl, render_views
 from files import BadInput
+from tokenizer import Tokenizer
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
 
@@ -166,103 +163,13 @@ def test_loss_dropout():
     assert all(loss_dropout(32, 0.0, 0, 0))
 
 
-# ---- tokenizer ---------------------------------------------------------------------------------------------
-
-def encode_slow(text: bytes, ranks: dict[bytes, int]) -> tuple[int, ...]:
-    """The obvious encoder: the trainer's own merges, one after the other, in the order in which they were
-    made."""
-    tokens = list(ranks)
-    ids = tuple(text)
-    for new in range(256, len(tokens)):
-        splits = [(ranks.get(tokens[new][:i]), ranks.get(tokens[new][i:]))
-                  for i in range(1, len(tokens[new]))]
-        for pair in splits:  # the pair that was merged is the one whose halves are older tokens
-            if None not in pair and max(pair) < new:
-                ids = merge(ids, pair, new)
-    return ids
-
-
-def test_merge():
-    assert merge((1, 2, 1, 2, 2), (1, 2), 9) == (9, 9, 2)
-    assert merge((1, 1, 1), (1, 1), 9) == (9, 1)
-    assert merge((), (1, 1), 9) == ()
-
-
-def test_bpe_by_hand():
-    """`aaabdaaabac`, the textbook's word: aa, then ab (ties: lowest ids first), then aaab."""
-    ranks = train_bpe(["aaabdaaabac"], 259)
-    assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
-    # nothing left to merge
-    assert train_bpe(["ab"], 300) == {bytes([i]): i for i in range(256)} | {b"ab": 256}
-
-
-def test_bpe_equals_tiktoken(tokenizer):
-    texts = [text for pair in PAIRS for text in pair]
-    for text in texts:
-        slow = [i for piece in regex.findall(tokenizer.pattern, text)
-                for i in encode_slow(piece.encode(), tokenizer.ranks)]
-        assert tokenizer.encode(text) == slow
-    assert len(tokenizer.encode("lines with a vowel")) < len("lines with a vowel")
-
-
-@needs_published
-def test_bpe_equals_tiktoken_on_the_corpus():
-    rows = load_dataset("nlrx_synth", SHARED_DATA)
-    tokenizer = Tokenizer(train_bpe([t for e in rows.train for t in (e.text, e.code)], 512))
-    slow = functools.lru_cache(None)(lambda piece: encode_slow(piece, tokenizer.ranks))
-    for e in rows.train + rows.test:
-        for text in (e.text, e.code):
-            pieces = regex.findall(tokenizer.pattern, text)
-            assert tokenizer.encode(text) == [i for piece in pieces for i in slow(piece.encode())]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(min_size=1, max_size=40))  # tiktoken panics at an empty piece
-def test_random_bytes_round_trip(tokenizer, content):
-    ids = tokenizer.encoding._encode_single_piece(content)
-    assert tuple(ids) == encode_slow(content, tokenizer.ranks)
-    assert tokenizer.encoding.decode_bytes(ids) == content
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(max_size=40))
-def test_text_round_trips(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_special_tokens_in_text_are_text(tokenizer):
-    ids = tokenizer.encode("a<|end|>")
-    assert tokenizer.end not in ids and tokenizer.decode(ids) == "a<|end|>"
-
-
-def test_punctuation_stands_alone():
-    ranks = train_bpe(["(a)&(b)"] * 100, 300)
-    assert not [token for token in list(ranks)[256:] if b")" in token or b"&" in token]
-
-
-def test_tokenizer_round_trip_and_damage(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    assert again.ranks == tokenizer.ranks and again.encode(PAIRS[1][0]) == tokenizer.encode(PAIRS[1][0])
-    import tiktoken.load  # their loader reads our file
-    assert tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.model")) == tokenizer.ranks
-    path = tmp_path / "tokenizer.model"
-    lines = path.read_text().splitlines(keepends=True)
-    for broken, match in ((lines[:-1] + ["x"], f"{path.name}:{len(lines)}: expected"),
-                          (lines[5:], r"lacks the bytes \[0, 1"),
-                          (lines[:-2] + lines[-1:], "ranks are not 0 to")):
-        path.write_text("".join(broken))
-        with pytest.raises(BadInput, match=match):
-            Tokenizer.load(tmp_path)
-
-
 # ---- files -------------------------------------------------------------------------------------------------
 
 def test_jsonl_in_both_forms(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "t", "code": "c"}\n\n{"messages": [{"role": "system", "content": "s"}, '
                     '{"role": "user", "content": "tü"}, {"role": "assistant", "content": "d"}]}\n')
-    assert read_jsonl(path) == [Example("t", "c", f"{path}:1"), Example("tü", "d", f"{path}:3")]
+    assert read_jsonl(path) == [Example("t", "c", f"{path}:1"), Example("tü", "d", f"{path}:3", "s")]
 
 
 @pytest.mark.parametrize("line,match", [
@@ -270,7 +177,12 @@ def test_jsonl_in_both_forms(tmp_path):
     (b'{"text": "a"}', "code must be a non-empty string"),
     (b'{"text": "a", "code": ""}', "code must be a non-empty"),
     (b'{"text": 1, "code": "b"}', "text must be a non-empty"),
-    (b'{"messages": 3}', '"messages" must be a list'),
+    (b'{"messages": 3}', "messages must be a list"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}', "one user and"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": [{}]}',
+     "messages must be a list"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": []}',
+     "text_view must be a non-empty"),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "one user and one assistant"),
     (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "code must be a non-empty"),
     (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"), (b"[" * 5000, "not valid JSON"),
@@ -333,57 +245,11 @@ def test_a_changed_published_file_is_refused(tmp_path):
 
 def test_generated_dataset(tmp_path):
     rows = load_dataset("nlrx_synth", tmp_path)
-    assert (len(rows.train), len(rows.test), rows.source, rows.is_regex) == (8000, 2000, "generated", True)
+    assert (len(rows.train), len(rows.test), rows.source) == (8000, 2000, "generated")
     assert not {e.text for e in rows.train} & {e.text for e in rows.test}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert load_dataset("nlrx_synth", tmp_path).train == rows.train
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(before) == 2
-
-
-# ---- downloads ---------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A folder of two small files that stands for the published one."""
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    files = {}
-    for split in ("train", "test"):
-        content = json.dumps({"text": split, "code": "c"}).encode() * 3
-        (folder / f"small_{split}.jsonl").write_bytes(content)
-        files[split] = (f"small_{split}.jsonl", data.git_blob_id(content))
-    monkeypatch.setitem(data.PUBLISHED, "small", files)
-    return folder
-
-
-def test_git_blob_id():
-    # printf 'hello\n' | git hash-object
-    assert data.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
-
-
-def test_download_from_a_file_address_and_a_server(mirror, tmp_path, capsys):
-    data.download("small", tmp_path / "a", mirror.as_uri())
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=mirror)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        data.download("small", tmp_path / "b", f"http://127.0.0.1:{server.server_port}/")
-        server.shutdown()
-    for folder in ("a", "b"):
-        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["small_test.jsonl",
-                                                                               "small_train.jsonl"]
-        fetched = (tmp_path / folder / "small_test.jsonl").read_bytes()
-        assert fetched == (mirror / "small_test.jsonl").read_bytes()
-    data.download("small", tmp_path / "a", "file:///nowhere")  # what is here and right is not fetched again
-    assert "already here" in capsys.readouterr().out
-
-
-def test_a_bad_download_leaves_nothing(mirror, tmp_path):
-    (mirror / "small_test.jsonl").write_bytes(b"cut")
-    with pytest.raises(BadInput, match="small_test.jsonl: 3 bytes that are not the published file"):
-        data.download("small", tmp_path / "a", mirror.as_uri())
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["small_train.jsonl"]
-    with pytest.raises(BadInput, match="nowhere"):
-        data.download("small", tmp_path / "b", "file:///nowhere")
 
 
 # ---- show --------------------------------------------------------------------------------------------------
@@ -401,8 +267,6 @@ def test_picture():
 
 
 def test_show_command(tmp_path):
-    import subprocess
-    import sys
     (tmp_path / "a.jsonl").write_text('{"text": "ab", "code": "x"}\n' * 10)
     reply = subprocess.run([sys.executable, ROOT / "data.py", "show", tmp_path / "a.jsonl", "--k", "2"],
                            capture_output=True,

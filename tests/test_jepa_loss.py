@@ -130,7 +130,7 @@ def test_pads_move_nothing(tiny, tokenizer, examples):
     batch = collate_fused(views, [True] * 5)
     lengths = [len(v.main) + 1 + len(v.enc) for v in views]
     pads = torch.arange(batch.ids.shape[1])[None] >= torch.tensor(lengths)[:, None]
-    other = replace(batch, ids=torch.where(pads, tokenizer.end, batch.ids))
+    other = replace(batch, ids=torch.where(pads, tokenizer.format.end, batch.ids))
     assert pads.any() and (batch.labels[pads] == -100).all()
     assert_same(losses_and_gradients(model, fused, batch), losses_and_gradients(model, fused, other), 1e-12)
 

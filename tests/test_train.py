@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import train
-from data import Sampler, Tokenizer, collate_fused, load_dataset, render_views, train_bpe
+from data import Sampler, collate_fused, load_dataset, render_views
 from files import BadInput
 from jepa_loss import fused
 from model import ModelConfig, Transformer
+from tokenizer import Tokenizer, train_bpe
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
         "--batch_size", "8",
@@ -159,8 +160,9 @@ def test_lam_0_is_plain_training_bit_for_bit(argv, tmp_path):
     train.train(c)
     data = load_dataset(c.dataset, c.data_dir, c.test_file)
     tokenizer = Tokenizer(train_bpe([text for e in data.train for text in (e.text, e.code)], 300))
-    rows = [[tokenizer.begin, *tokenizer.encode(e.text), tokenizer.sep, *tokenizer.encode(e.code),
-             tokenizer.end]
+    begin, sep, end = range(len(tokenizer.ranks), len(tokenizer.ranks) + 3)
+    rows = [[begin, *tokenizer.encode(e.text), sep, *tokenizer.encode(e.code),
+             end]
             for e in data.train]
     model = Transformer(train.model_config(c, tokenizer.vocab_size), seed=c.seed)
     optimizer = torch.optim.AdamW([{"params": [w for w in model.parameters() if w.dim() > 1],
