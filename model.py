@@ -221,7 +221,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+            empty = torch.empty(config.vocab_size, config.dim)  # given, for nn.Embedding would draw it
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
             if not config.tie_embeddings:

@@ -14,7 +14,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 from data import Example  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from tokenizer import Tokenizer, train_bpe  # noqa: E402
+import tokenizer as tokenizer_module  # noqa: E402
+from tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
          ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),
@@ -36,12 +37,64 @@ def examples() -> list[Example]:
 def tiny(tokenizer):
     """A function k -> small float64 model, large enough weights for every path to matter."""
     def make(k: int = 1, **shape) -> Transformer:
-        config = ModelConfig(tokenizer.vocab_size,
-                             **{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
-                                                             ffn_dim=48), **shape})
+        config = ModelConfig(**{**dict(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=4,
+                                       n_kv_heads=2, head_dim=8, ffn_dim=48), **shape})
         model = Transformer(config, k, seed=3).double()
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(8 if weight.dim() > 1 else 1)
         return model
     return make
+
+
+# ---- checkpoints of others, made by their own libraries ----------------------------------------------------
+
+CHAT = [token for tokens in FORMAT_TOKENS.values() for token in tokens]
+
+
+def json_tokenizer(family: str, folder, more_texts=()):
+    """A tokenizer.json with the pieces of a family, trained by the `tokenizers` library; returns theirs."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cuts = {"gpt2": whole,
+            "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])}
+    for name in ("llama3", "qwen2"):
+        split = pre_tokenizers.Split(Regex(getattr(tokenizer_module, name.upper())), "isolated", False)
+        cuts[name] = pre_tokenizers.Sequence([split, bare])
+    theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
+    theirs.pre_tokenizer = cuts[family]
+    if family == "qwen2":
+        theirs.normalizer = normalizers.NFC()
+    special = CHAT if family == "smollm2" else []  # SmolLM2 has them in front of all others
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    theirs.train_from_iterator([text for pair in PAIRS for text in pair] * 3 + list(more_texts), trainer)
+    theirs.add_special_tokens(CHAT)
+    theirs.save(str(folder / "tokenizer.json"))
+    return theirs
+
+
+def llama_folder(folder, dtype="float32", shard_size="5GB", **shape):
+    """A small Llama with random weights, saved by transformers, without a tokenizer; returns theirs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**{**dict(
+        vocab_size=620, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=3,
+        eos_token_id=4, tie_word_embeddings=False), **shape})
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    theirs.save_pretrained(folder, max_shard_size=shard_size)
+    return theirs
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory):
+    """A whole checkpoint: a small Llama, its tokenizer.json, a chat template, a generation config."""
+    folder = tmp_path_factory.mktemp("llama")
+    llama_folder(folder)
+    json_tokenizer("llama3", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder

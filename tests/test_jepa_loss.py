@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from data import collate_fused, collate_three, render_views
 from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, fused, infonce, ntp, pick, rank_me
 from jepa_loss import three_pass, total_loss
+from tokenizer import FORMAT_TOKENS, Tokenizer
 
 
 def losses_and_gradients(model, passes, batch, distance=cosine):
@@ -63,6 +64,22 @@ def test_views_that_are_no_prefix_of_main(tiny, tokenizer, examples):
     batch = collate_fused(views, [True] * 5, 120)
     assert_same(losses_and_gradients(tiny(2), three_pass, collate_three(views, [True] * 5)),
                 losses_and_gradients(tiny(2), fused, batch))
+
+
+@pytest.mark.parametrize("k,system", [(0, ""), (2, ""), (0, "Be short."), (2, "Be short.")])
+@pytest.mark.parametrize("format", ["llama3", "chatml"])
+def test_three_pass_equals_fused_in_chat_formats(tiny, tokenizer, examples, format, k, system):
+    """With a system turn the text view is a root of its own; without one it is a prefix of main, and free."""
+    special = {token: len(tokenizer.ranks) + i for i, token in enumerate(FORMAT_TOKENS[format])}
+    chat = Tokenizer(tokenizer.ranks, special=special, vocab_size=len(tokenizer.ranks) + 4)
+    views = [render_views(replace(e, system=system), chat, k) for e in examples]
+    assert all((v.stem == v.main[:len(v.stem)]) == (not system) for v in views)
+    model = tiny(k, vocab_size=chat.vocab_size)
+    slow = losses_and_gradients(model, three_pass, collate_three(views, [True] * 5))
+    for row_len in (0, 300):
+        fast = losses_and_gradients(model, fused, collate_fused(views, [True] * 5, row_len))
+        assert slow[1] > 0.1
+        assert_same(slow, fast)
 
 
 def test_no_views_is_plain_training(tiny, tokenizer, examples):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import regex
-from conftest import PAIRS, SHARED_DATA
+from conftest import CHAT, PAIRS, SHARED_DATA, json_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,40 +109,15 @@ def test_tokenizer_round_trip_and_damage(tokenizer, tmp_path):
 
 # ---- vocabularies of checkpoints ---------------------------------------------------------------------------
 
-CHAT = [token for tokens in ours.FORMAT_TOKENS.values() for token in tokens]
 HARD = ["", " ", "a", "It's 1234567 o'clock, THEY'LL say", "x\r\n\n  \t y  ", "12 345 6,789.0½Ⅷ²",
         "naïve cafe\u0301 \u212b ﬁ", "a\u00a0b\u3000c", "🙂👩‍👩‍👧 ok", "()[]{}&|~.* <|im_end|> <|eot_id|>",
-        "日本語テキスト", "\x00\x01\x7f", "   leading", "trailing   ", "a  b   c    1     2", "'s'S'rE", "\n\n\n",
-        "é" * 30, "a" * 16]
-
-
-def json_tokenizer(family: str, folder, added=CHAT, texts=None):
-    """A tokenizer.json with the pieces of a family, trained by the `tokenizers` library; returns theirs."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    cuts = {"gpt2": whole,
-            "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])}
-    for name in ("llama3", "qwen2"):
-        split = pre_tokenizers.Split(Regex(getattr(ours, name.upper())), "isolated", False)
-        cuts[name] = pre_tokenizers.Sequence([split, bare])
-    theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
-    theirs.pre_tokenizer = cuts[family]
-    if family == "qwen2":
-        theirs.normalizer = normalizers.NFC()
-    special = list(added) if family == "smollm2" else []  # SmolLM2 has them in front of all others
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    theirs.train_from_iterator(texts or [text for pair in PAIRS for text in pair] * 3 + HARD, trainer)
-    theirs.add_special_tokens(list(added))
-    theirs.save(str(folder / "tokenizer.json"))
-    return theirs
+        "日本語テキスト", "\x00\x01\x7f", "   leading", "trailing   ", "a  b   c    1     2", "'s'S'rE",
+        "\n\n\n", "é" * 30, "a" * 16]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "smollm2", "qwen2"])
 def test_tokenizer_json_equals_tokenizers(family, tmp_path):
-    theirs, mine = json_tokenizer(family, tmp_path), Tokenizer.load(tmp_path)
+    theirs, mine = json_tokenizer(family, tmp_path, HARD), Tokenizer.load(tmp_path)
     texts = [text for text in HARD if "<|" not in text]
     if SHARED_DATA.exists():
         rows = load_dataset("nq_open", SHARED_DATA)
