@@ -1,0 +1,235 @@
+"""Fine-tuning: a checkpoint of others goes in, one that others read comes out; LoRA; transfer; datasets."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHARED_DATA
+from safetensors.torch import load_file
+from test_train import assert_equal_runs, command, rows_of, weights
+
+import eval
+import train
+from data import Example, load_dataset, read_jsonl, render_views
+from files import BadInput
+from published import PUBLISHED, git_blob_id
+from tokenizer import Tokenizer
+
+SHORT = ["--epochs", "2", "--batch_size", "8", "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory):
+    """Files of 24 and 6 conversations with a system turn."""
+    folder = tmp_path_factory.mktemp("talks")
+    rows = [{"messages": [{"role": "system", "content": "Count."},
+                          {"role": "user", "content": f"the number {i} " + "dog " * (i % 4)},
+                          {"role": "assistant", "content": f"{i}[a-z]"}]} for i in range(30)]
+    for name, part in (("train.jsonl", rows[:24]), ("test.jsonl", rows[24:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.fixture
+def argv(talks, chat_folder, tmp_path):
+    return ["--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"),
+            "--init_from", str(chat_folder), "--format", "llama3", "--out", str(tmp_path / "run"), *SHORT]
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("flags", [["--k", "2"], ["--lam", "0"], ["--lora_rank", "2"],
+                                   ["--format", "chatml", "--passes", "three", "--lora_rank", "2"]], ids=str)
+def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
+    """By the programs, as a user does; transformers then reads the run like any other checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    reply = command([*argv, *flags])
+    assert reply.returncode == 0, reply.stderr
+    run, base = tmp_path / "run", tensors(chat_folder)
+    record = json.loads((run / "run.json").read_text())
+    with_jepa = record["config"]["lam"] > 0
+    assert record["init"].keys() == {str(chat_folder / "model.safetensors")} and record["system"] == "Count."
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (run / name).read_bytes() == (chat_folder / name).read_bytes()
+    rows = [row for row in rows_of(run) if "loss" in row]
+    assert len(rows) == 6 and rows[0]["examples"] == 8 and (rows[0]["jepa"] > 0) == with_jepa
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run)
+    ours, tokenizer = eval.load_model(run, "cpu", record["config"]["format"])
+    ids = torch.tensor([render_views(Example("the number 7", "7", system="Count."), tokenizer).main])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=0)
+    assert transformers.PreTrainedTokenizerFast(tokenizer_file=str(run / "tokenizer.json")).encode("a 1") == (
+        tokenizer.encode("a 1"))
+    after = tensors(run)
+    assert after.keys() == base.keys()  # the base model's vocabulary: [PRED] lies in a file of its own
+    assert all(after[name].shape == base[name].shape for name in base)
+    assert (run / "pred_embedding.safetensors").exists() == with_jepa
+    for name, tensor in base.items():
+        change = after[name] - tensor
+        if "--lora_rank" not in flags:
+            assert change.abs().max() > 0, name
+        elif "_proj" in name:
+            assert torch.linalg.matrix_rank(change.double(), rtol=1e-3) == 2, name
+        else:
+            assert not change.any(), name
+    if "--lora_rank" in flags:
+        assert {name.rpartition(".")[2] for name in weights(run)} == {"lora_a", "lora_b", "pred_embedding"}
+
+    result = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").unlink()
+    scored = subprocess.run([sys.executable, ROOT / "eval.py", run], capture_output=True, text=True)
+    assert scored.returncode == 0, scored.stderr
+    again = json.loads((run / "eval.json").read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0} and result["n"] == 6
+
+
+def test_fine_tuning_with_adapters_resumes_to_the_bit(argv, tmp_path, monkeypatch):
+    """3 + 3 steps equal 6, dropout included; the state holds adapters alone, the rest is --init_from's."""
+    argv = [*argv, "--lora_rank", "2", "--lora_dropout", "0.5", "--checkpoint_every", "3"]
+    train.train(train.parse_config([*argv, "--out", str(tmp_path / "whole")]))
+    lr_at = train.lr_at
+
+    def dies(step, total, c):
+        if step == 4:
+            raise KeyboardInterrupt
+        return lr_at(step, total, c)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "lr_at", dies)
+        train.train(train.parse_config(argv))
+    torch.manual_seed(12345)  # whatever happened to the generator in between
+    train.train(train.parse_config(argv))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    for name, tensor in tensors(tmp_path / "whole").items():
+        assert torch.equal(tensor, tensors(tmp_path / "run")[name])
+    without = [*argv[:-4], "--lora_dropout", "0", "--out", str(tmp_path / "without")]
+    train.train(train.parse_config(without))
+    assert rows_of(tmp_path / "without")[-1]["ntp"] != rows_of(tmp_path / "run")[-1]["ntp"]
+
+
+def test_other_weights_behind_the_same_name(argv, chat_folder, tmp_path):
+    """A run goes on only from the weights that it began with."""
+    mine = tmp_path / "base"
+    shutil.copytree(chat_folder, mine)
+    argv = [*argv, "--init_from", str(mine), "--max_steps", "1"]
+    train.train(train.parse_config(argv))
+    (tmp_path / "run" / "eval.json").unlink()
+    content = bytearray((mine / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (mine / "model.safetensors").write_bytes(content)
+    with pytest.raises(BadInput, match="holds a run from other weights: .*base has changed"):
+        train.train(train.parse_config(argv))
+
+
+def test_from_a_run_to_another_task(talks, tmp_path):
+    """Transfer: pretrain with [PRED], go on with it, without it, and with more of it."""
+    first = ["--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"), *SHORT]
+    train.train(train.parse_config([*first, "--dim", "16", "--n_layers", "1", "--n_heads", "1",
+                                    "--ffn_dim", "16", "--k", "2", "--out", str(tmp_path / "first")]))
+    begun = weights(tmp_path / "first")
+    for k, flags in ((2, ["--k", "2"]), (0, ["--lam", "0"]), (3, ["--k", "3"])):
+        out = tmp_path / f"next{k}"
+        train.train(train.parse_config([*first, "--init_from", str(tmp_path / "first"), "--lr", "1e-9",
+                                        "--max_steps", "1", "--out", str(out), *flags]))
+        ended = weights(out)
+        assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
+        assert len(ended.get("pred_embedding", ())) == k
+        for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):
+            torch.testing.assert_close(ended[name], begun[name], atol=1e-6, rtol=0)
+
+
+def test_a_checkpoint_is_scored_before_any_training(talks, chat_folder, capsys, monkeypatch):
+    """`python eval.py CHECKPOINT --dataset NAME`; nothing is written into the checkpoint's folder."""
+    before = sorted(path.name for path in chat_folder.iterdir())
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["eval.py", str(chat_folder), "--format", "chatml",
+                                         "--max_new_tokens", "5", *arguments])
+        eval.main()
+        return capsys.readouterr().out
+    table = run("--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"),
+                "--n_test", "4")
+    assert table.splitlines()[0].split()[1:4] == ["run", "|", "exact"] and table.strip().endswith("| 4 |")
+    assert run("--prompt", "the number 3", "--system", "Count.") != run("--prompt", "the number 3")
+    assert sorted(path.name for path in chat_folder.iterdir()) == before
+
+
+def test_paraphrases_are_pretrained_on(tmp_path, monkeypatch):
+    """Main is one phrasing and its end; there is nothing to answer; the score is the loss on what was held
+    out."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"messages": [{"role": "user", "content": f"one way {i}"},
+                          {"role": "assistant", "content": f"another way {i}"}]} for i in range(40)]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setitem(PUBLISHED, "paraphrase", {"train": ("p.jsonl", git_blob_id(folder / "p.jsonl"))})
+    argv = ["--dataset", "paraphrase", "--data_dir", str(folder), "--eval_split", "valid", "--dim", "16",
+            "--n_layers", "1", "--n_heads", "1", "--ffn_dim", "16", "--epochs", "2", "--batch_size", "8",
+            "--out", str(tmp_path / "run"), "--device", "cpu"]
+    result = train.train(train.parse_config(argv))
+    assert result["n"] == 4 and 0 < result["ntp"] < 7 and "exact" not in result and "cos_paired" in result
+    look = next(row["look"] for row in rows_of(tmp_path / "run") if "look" in row)
+    assert result["ntp"] < look["ntp"]
+    data = load_dataset("paraphrase", folder, eval_split="valid")
+    assert all(e.text_only for e in data.train + data.test) and len(data.train) == 36
+    assert eval.score_run(tmp_path / "run")["ntp"] == pytest.approx(result["ntp"])
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
+def test_every_published_file_is_read_and_rendered(tokenizer, chat_folder):
+    """Every line of every file, in every format, within the context of the models that it is for."""
+    formats = [tokenizer, *(Tokenizer.load(chat_folder, format=name) for name in ("llama3", "chatml"))]
+    for path in sorted(SHARED_DATA.glob("*.jsonl")):
+        examples = read_jsonl(path)
+        assert all(e.system for e in examples) and all(bool(e.text_view) == ("hellaswag" in path.name) ==
+                                                       bool(e.code_view) for e in examples)
+        for example in examples[::50]:
+            for chosen in formats:
+                views = render_views(example, chosen, 1)
+                code = chosen.encode(example.code)
+                end = len(chosen.format.closing["assistant"])
+                assert views.main[-len(code) - end:-end] == code
+                said = chosen.encode(example.text_view or example.text)
+                assert views.stem[-len(said):] == said
+    first = read_jsonl(SHARED_DATA / "hellaswag_test.jsonl")[0]
+    assert first.code == "A" and first.text.startswith(first.text_view[:100])
+    assert first.code_view.startswith("Likewise, if you already own")
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--lora_rank 4", "--lora_rank needs --init_from"),
+    ("--init_from x --lora_rank -1", "--lora_rank -1: must be 0 or more"),
+    ("--init_from x --lora_dropout 0.2", "--lora_dropout has no effect without --lora_rank"),
+    ("--init_from x --lora_rank 4 --lora_dropout 1", "--lora_dropout 1.0: must be at least 0 and below 1"),
+    ("--init_from x --dim 64 --preset nano", "--preset has no effect with --init_from; --dim has no effect"),
+    ("--init_from x --vocab_size 600", "--vocab_size has no effect with --init_from"),
+    ("--format chatml", "--format chatml needs --init_from"),
+    ("--format llama2", "argument --format: invalid choice: 'llama2'"),
+    ("--dataset paraphrase", "paraphrase has no test split: it needs --eval_split valid"),
+    ("--dataset paraphrase --eval_split valid --max_new_tokens 5", "--max_new_tokens has no effect with"),
+    ("--n_test -1", "--n_test -1: must be 0 or more")])
+def test_wrong_settings(flags, message):
+    with pytest.raises(BadInput) as error:
+        train.parse_config(flags.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_checkpoint(argv, tmp_path):
+    """By the program: one line, status 2, and no run folder."""
+    for folder, message in ((tmp_path / "none", "no such folder"), (tmp_path, "config.json: no such file")):
+        reply = command([*argv, "--init_from", str(folder)])
+        assert reply.returncode == 2 and message in reply.stderr and reply.stderr.count("\n") == 1
+        assert reply.stderr.startswith("error: ") and not (tmp_path / "run").exists()
+
+
+def test_defaults_of_fine_tuning():
+    """The paper's protocol; what the user gives wins; the run's name tells what is not the default."""
+    c = train.parse_config(["--init_from", "models/Llama"])
+    assert (c.lr, c.epochs, c.batch_size) == (2e-5, 4, 16) and c.out == "runs/nlrx_synth-from-Llama"
+    c = train.parse_config(["--init_from", "x", "--epochs", "2", "--lora_rank", "8"])
+    assert c.epochs == 2 and c.lora_dropout == 0.1 and c.out == "runs/nlrx_synth-from-x-lora_rank8-epochs2"
+    assert (train.parse_config([]).lr, train.parse_config([]).epochs) == (1e-3, 3)
