@@ -253,6 +253,8 @@ def load_model(folder: str | Path, device: str = "auto",
 def load_run(folder: str | Path) -> dict:
     """What run.json holds."""
     path = Path(folder) / "run.json"
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; --dataset scores a model that is no run of train.py")
     run = read_json(path)
     needed = {"dataset", "data_dir", "test_file", "n_train", "n_test", "eval_split", "on_long", "format",
               *VIEW_OPTIONS}
