@@ -57,9 +57,10 @@ def read_config(path: Path) -> dict:
     for name, (key, kind) in HF_NAMES.items():
         value = given.get(key, ours["dim"] // ours["n_heads"] if key == "head_dim" else None)
         good = type(value) is kind or kind is float and type(value) is int
-        if not good or kind is not bool and not 0 < value < math.inf:
-            raise BadInput(f"{path}: {key} is {value!r}; it must be a {kind.__name__}"
-                           + ("" if kind is bool else " above 0"))
+        limit = 2**28 if kind is int else math.inf  # no tensor's size can overflow then
+        if not good or kind is not bool and not 0 < value < limit:
+            raise BadInput(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}"
+                           + ("" if kind is bool else f", above 0 and below {limit}"))
         ours[name] = value
     if ours["n_heads"] % ours["n_kv_heads"] or ours["head_dim"] % 2:
         raise BadInput(f"{path}: num_key_value_heads must divide num_attention_heads, and head_dim be even")

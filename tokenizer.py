@@ -155,7 +155,9 @@ def read_tokenizer_json(path: Path) -> dict:
             refuse(f"its pre_tokenizer is {json.dumps(content.get('pre_tokenizer'))[:200]}")
         special = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         letters, ranks = byte_letters(), {}
-        for token, number in model["vocab"].items():
+        for token, number in [*special.items(), *model["vocab"].items()]:
+            if type(number) is not int or not 0 <= number < 2**28:
+                raise TypeError(f"the id of {token!r} is {number!r}")
             if token not in special:
                 ranks[bytes(letters[letter] for letter in token)] = number
         last = -1

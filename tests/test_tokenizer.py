@@ -186,6 +186,8 @@ def test_other_tokenizers_are_refused_by_name(tmp_path):
             ({"pre_tokenizer": good["pre_tokenizer"] | {"add_prefix_space": True}}, "pre_tokenizer is"),
             ({"model": good["model"] | {"merges": good["model"]["merges"][::-1]}}, "order of their ids"),
             ({"model": 3}, "not understood"),
+            ({"added_tokens": [{"id": -1, "content": "x"}]}, "id of 'x' is -1"),
+            ({"model": good["model"] | {"vocab": {"a": "1"}}}, "the id of 'a' is '1'"),
             ({"model": good["model"] | {"vocab": {"日": 1}}}, "not understood"),
             ({"added_tokens": [{"id": 9999, "content": "<|begin|>"}]}, "no chat format"),
             ({"added_tokens": []}, "special tokens of no chat format")):
