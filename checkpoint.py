@@ -1,4 +1,4 @@
-"""Hugging Face's folders: config.json and *.safetensors, read and written. Nothing here knows a layer.
+"""Hugging Face's folders: config.json and *.safetensors, read and written. Nothing here knows of layers.
 
     read_config, write_config     config.json of a Llama
     tensor_files, load_tensor     one file or many (shards), one tensor at a time
@@ -6,7 +6,6 @@
 """
 import contextlib
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ def read_config(path: Path) -> dict:
         if theirs.get(key, None if key == "model_type" else known) != known:
             raise BadInput(f"{path}: {key} is {theirs.get(key)!r}, only {known!r} is known here")
     rope = theirs.get("rope_parameters") or {}  # transformers 5 writes both rope entries into this one
-    scaling = theirs.get("rope_scaling") or {key: rope[key] for key in rope if key != "rope_theta"}
+    scaling = theirs.get("rope_scaling") or rope
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
         raise BadInput(f"{path}: rope_parameters and rope_scaling must be objects")
     given = {"rope_theta": rope.get("rope_theta", 1e4), "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -57,7 +56,7 @@ def read_config(path: Path) -> dict:
     for name, (key, kind) in HF_NAMES.items():
         value = given.get(key, ours["dim"] // ours["n_heads"] if key == "head_dim" else None)
         good = type(value) is kind or kind is float and type(value) is int
-        limit = 2**28 if kind is int else math.inf  # no tensor's size can overflow then
+        limit = 2**28 if kind is int else 1e30  # no tensor's size can overflow then, no number a float
         if not good or kind is not bool and not 0 < value < limit:
             raise BadInput(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}"
                            + ("" if kind is bool else f", above 0 and below {limit}"))
@@ -79,7 +78,7 @@ def rope_scaling(path: Path, scaling: dict) -> dict | None:
         raise BadInput(f"{path}: rope_type is {kind!r}, only 'default' and 'llama3' are known here")
     needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     for key in needed:
-        if type(scaling.get(key)) not in (int, float) or not 0 < scaling[key] < math.inf:
+        if type(scaling.get(key)) not in (int, float) or not 0 < scaling[key] < 1e30:
             raise BadInput(f"{path}: rope scaling llama3 needs {key}, a number above 0")
     if scaling["low_freq_factor"] == scaling["high_freq_factor"]:
         raise BadInput(f"{path}: rope scaling llama3 needs two different freq_factors")
@@ -103,7 +102,7 @@ def opened(path: Path):
             yield file
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -117,8 +116,8 @@ def weight_files(folder: Path) -> list[Path]:
                            "save the model as safetensors first (transformers: save_pretrained)")
         return [folder / "model.safetensors"]
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s
-                                               for s in shards.values()):
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s and s.isprintable()
+                                               and s.endswith(".safetensors") for s in shards.values()):
         raise BadInput(f"{index}: weight_map must name, for every tensor, a file of its folder")
     return [folder / shard for shard in sorted(set(shards.values()))]
 

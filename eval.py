@@ -13,9 +13,9 @@ Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
                   stops
     stopped       it ended by itself, with the end token of its format
     exact_unseen  exact, over the test pairs that do not stand in train as they are
-    dfa_equal     (regexes) it describes the same set of strings; what could not be decided within bounds is
-                  wrong, and counted as dfa_undecided
+    dfa_equal     (regexes) it describes the same set of strings
     correct       (other datasets) what their scorer says, see scores.py
+    undecided     how many of these a scorer could not decide; they count as wrong
     ntp           (text alone: paraphrase) mean next-token loss, in place of all of the above
 """
 import json
@@ -28,11 +28,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data import Dataset, Example, collate_three, fit_splits, load_dataset, render_prompt, render_views
+from data import Dataset, Example, announce, collate_three, fit_splits, fitting, load_dataset
+from data import render_prompt, render_views
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, ntp, pick
 from model import DEVICES, KVCache, Transformer, pick_device
-from scores import scorer_of
+from scores import check_databases, scorer_of
 from tokenizer import FORMATS, Tokenizer
 
 # ---- generation --------------------------------------------------------------------------------------------
@@ -132,8 +133,7 @@ def score(examples: list[Example], answers: list[str], stopped: list[bool], seen
         column, right = scorer
         verdicts = [right(answer, e) for e, answer in pairs]
         scores[column] = verdicts.count(True) / n
-        if column == "dfa_equal":
-            scores["dfa_undecided"] = verdicts.count(None)
+        scores["undecided"] = verdicts.count(None)
     return scores
 
 
@@ -190,7 +190,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
         result = score(test, answers, stopped, seen, scorer_of(data.name, data.folder))
     sample = test[:512]
     if len(sample) > 1:
-        targets = [e.text if view_options["reverse"] else e.code for e in sample]
+        targets = [e.text_view or e.text if view_options["reverse"] else e.code_view or e.code
+                   for e in sample]
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
     model.train(training)
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
@@ -258,7 +259,8 @@ def load_run(folder: str | Path) -> dict:
     run = read_json(path)
     needed = {"dataset", "data_dir", "test_file", "n_train", "n_test", "eval_split", "on_long", "format",
               *VIEW_OPTIONS}
-    if not {"config", "source", "files", "max_new_tokens"} <= run.keys() or not needed <= set(run["config"]):
+    known = {"config", "source", "files", "max_new_tokens"} <= run.keys()
+    if not known or not isinstance(run["config"], dict) or not needed <= run["config"].keys():
         raise BadInput(f"{path}: not written by this program's train.py")
     return run
 
@@ -273,6 +275,8 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
     model, tokenizer = load_model(folder, device, c["format"])
     data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
                         c["eval_split"], c["n_test"])
+    announce(data)
+    check_databases(data)
     same = list(data.files.values()) == list(run["files"].values())
     if not same and not other_data:
         raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
@@ -286,15 +290,20 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
     return result
 
 
-def score_checkpoint(folder: str | Path, dataset: str, data_dir: str | None = None, test_file: str = "",
-                     n_test: int = 0, format: str = "auto", max_new_tokens: int | None = None,
+def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "data", test_file: str = "",
+                     n_test: int = 0, on_long: str = "error", format: str = "", max_new_tokens: int = 0,
                      device: str = "auto") -> dict:
-    """Score any model on any dataset, and write nothing. Its predictor rows, if it has any, are used."""
-    data = load_dataset(dataset, data_dir or "data", test_file, n_test=n_test)
-    model, tokenizer = load_model(folder, device, format)
-    k = 0 if model.pred_embedding is None else len(model.pred_embedding)
-    options = dict(k=k, ntp_on="all", train_eos=True, pred_first=False, reverse=False)
-    fit_splits(data, tokenizer, model.config.max_seq_len, **options)
+    """Score any model on any dataset; nothing is written into its folder. A run keeps its own views and
+    format, a Hugging Face folder has the default ones, with k = 0."""
+    data = load_dataset(dataset, data_dir, test_file, n_test=n_test,
+                        eval_split="valid" if dataset == "paraphrase" else "test")
+    announce(data)
+    check_databases(data)
+    c = load_run(folder)["config"] if (Path(folder) / "run.json").exists() else {
+        "k": 0, "ntp_on": "all", "train_eos": True, "pred_first": False, "reverse": False, "format": "auto"}
+    options = {name: c[name] for name in VIEW_OPTIONS}
+    model, tokenizer = load_model(folder, device, format or c["format"])
+    data.test = fitting(data.test, tokenizer, model.config.max_seq_len, on_long, **options)
     limit = max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     return evaluate(model, tokenizer, data, options, limit)[0]
 
@@ -306,6 +315,8 @@ def main() -> None:
     parser.add_argument("--dataset", help="score on this dataset instead of each run's own")
     parser.add_argument("--test_file", help="with --dataset: the test split of a dataset of your own")
     parser.add_argument("--n_test", type=int, help="with --dataset: score on the first N examples")
+    parser.add_argument("--on_long", choices=("error", "drop"),
+                        help="with --dataset: what an example longer than the context is")
     parser.add_argument("--format", choices=FORMATS,
                         help="with --dataset or --prompt: of conversations (default: by the special tokens)")
     parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
@@ -316,42 +327,42 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
-    mode = "prompt" if args.prompt is not None else "dataset" if args.dataset else "run"
-    takes = {"prompt": {"format", "system"}, "dataset": {"test_file", "n_test", "format", "data_dir"},
-             "run": {"data_dir", "other_data"}}
-    idle = [f"--{name}" for name in ("dataset", "test_file", "n_test", "format", "data_dir", "other_data",
-                                     "system")
-            if getattr(args, name) and name != mode and name not in takes[mode]]
+    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+    common = {name: given.pop(name) for name in ("max_new_tokens", "device") if name in given}
+    models = given.pop("models")
+    mode = "prompt" if "prompt" in given else "dataset" if "dataset" in given else "run"
+    takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"},
+             "dataset": {"dataset", "test_file", "n_test", "on_long", "format", "data_dir"}}[mode]
+    own = args.dataset and args.dataset.endswith(".jsonl")
+    takes -= {"data_dir"} if own else {"test_file"}
+    idle = [f"--{name}" for name in given if name not in takes]
     if idle:
         raise BadInput(f"{', '.join(idle)}: no effect " + (
-            f"with --{mode}" if mode != "run" else "without --dataset or --prompt"))
+            f"with --{mode} {given[mode]}" if mode in given else "without --dataset or --prompt"))
     for name in ("max_new_tokens", "n_test"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+    if own and not args.test_file:
+        raise BadInput("a dataset of your own needs --test_file")
     if mode == "prompt":
-        for folder in args.models:
-            print(answer_prompt(folder, args))
+        for folder in models:
+            print(answer_prompt(folder, **common, **given))
         return
-    results = {}
-    for folder in args.models:
-        if mode == "dataset":
-            results[folder] = score_checkpoint(folder, args.dataset, args.data_dir, args.test_file or "",
-                                               args.n_test or 0, args.format or "auto", args.max_new_tokens,
-                                               args.device)
-        else:
-            results[folder] = score_run(folder, args.data_dir, args.other_data, args.max_new_tokens,
-                                        args.device)
-    print(table(results))
+    score_one = score_checkpoint if mode == "dataset" else score_run
+    print(table({folder: score_one(folder, **common, **given) for folder in models}))
 
 
-def answer_prompt(folder: str, args) -> str:
-    """The answer of one model to --prompt; a run's own limit, format and instruction are its defaults."""
+def answer_prompt(folder: str, prompt: str, system: str | None = None, format: str = "",
+                  max_new_tokens: int = 0, device: str = "auto") -> str:
+    """The answer of one model; a run's own limit, format and instruction are its defaults."""
     run = load_run(folder) if (Path(folder) / "run.json").exists() else {}
-    model, tokenizer = load_model(folder, args.device,
-                                  args.format or run.get("config", {}).get("format", "auto"))
-    system = run.get("system", "") if args.system is None else args.system
-    limit = args.max_new_tokens or run.get("max_new_tokens", 256)
-    (answer, stopped), = answer_texts(model, tokenizer, [Example(args.prompt, "", system=system)], limit)
+    model, tokenizer = load_model(folder, device, format or run.get("config", {}).get("format", "auto"))
+    if not prompt or system is not None and "system" not in tokenizer.format.opening:
+        raise BadInput("--prompt is empty" if not prompt else
+                       f"--system: no effect with {folder}, whose format has no system turn")
+    example = Example(prompt, "", system=run.get("system", "") if system is None else system)
+    (answer, stopped), = answer_texts(model, tokenizer, [example],
+                                      max_new_tokens or run.get("max_new_tokens", 256))
     return answer if stopped else answer + " ... (did not stop)"
 
 

@@ -327,6 +327,8 @@ class Transformer(nn.Module):
         save_tensors(folder / "model.safetensors", tensors)
         if pred is not None:
             save_tensors(folder / "pred_embedding.safetensors", {"pred_embedding": pred})
+        else:  # of a model that was here before
+            (folder / "pred_embedding.safetensors").unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Transformer":
@@ -357,6 +359,8 @@ class Transformer(nn.Module):
         pred_file = folder / "pred_embedding.safetensors"
         if pred_file.exists():
             tensor = load_tensor(pred_file, "pred_embedding", (None, config.dim), dtype)
+            if not len(tensor):
+                raise BadInput(f"{pred_file}: pred_embedding has no row")
             model.pred_embedding = nn.Parameter(tensor)
         return model
 

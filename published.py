@@ -5,6 +5,7 @@ command of this project that opens the network.
 """
 import hashlib
 import http.client
+import lzma
 import shutil
 import urllib.request
 import zipfile
@@ -104,7 +105,9 @@ def unzip(archive: Path, folder: Path) -> None:
                     raise BadInput(f"{archive}: member {name!r} would leave {folder}; nothing was unpacked")
             content.extractall(temporary)
         temporary.rename(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except BadInput:
+        raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError) as error:
         raise BadInput(f"{archive}: not a zip file that can be read ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -135,9 +135,22 @@ def cut_of(steps: list[dict]) -> str | None:
     return None
 
 
+def merged(token: bytes, merges: dict[tuple[bytes, bytes], int]) -> list[bytes]:
+    """What the merges make of a token's bytes, the one listed first taken first."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        ranks = [merges.get(pair, len(merges)) for pair in pairwise(parts)]
+        if (best := min(ranks)) == len(merges):
+            break
+        i = ranks.index(best)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 def read_tokenizer_json(path: Path) -> dict:
     """ranks, pattern, special and nfc of a byte-level tokenizer.json, as Tokenizer takes them. BadInput names
-    the kind of any other."""
+    the kind of any other, and what tiktoken would do otherwise: there the lower id is merged first, any two
+    tokens merge whose union is one, and a piece that is a token is never cut."""
     def refuse(what: str):
         raise BadInput(f"{path}: {what}; only byte-level BPE with the pattern of GPT-2, Llama-3, SmolLM2 or "
                        "Qwen2 is read here")
@@ -147,26 +160,42 @@ def read_tokenizer_json(path: Path) -> dict:
         if model.get("type", "BPE") != "BPE":
             refuse(f"a tokenizer of type {model['type']}")
         normalizers = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers")]
-        cuts = steps_of(content.get("pre_tokenizer"), "pretokenizers")
-        pattern = cut_of(cuts)
+        pattern = cut_of(steps_of(content.get("pre_tokenizer"), "pretokenizers"))
         if normalizers not in ([], ["NFC"]):
             refuse(f"its normalizer is {' + '.join(normalizers)} (a sentencepiece tokenizer?)")
         if pattern is None:
             refuse(f"its pre_tokenizer is {json.dumps(content.get('pre_tokenizer'))[:200]}")
-        special = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        letters, ranks = byte_letters(), {}
-        for token, number in [*special.items(), *model["vocab"].items()]:
-            if type(number) is not int or not 0 <= number < 2**28:
-                raise TypeError(f"the id of {token!r} is {number!r}")
-            if token not in special:
-                ranks[bytes(letters[letter] for letter in token)] = number
-        last = -1
+        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if model.get(key):
+                refuse(f"its {key} is {model[key]!r}")
+        special = {}
+        for token in content.get("added_tokens") or []:
+            special[token["content"]] = token["id"]
+            if not token.get("special") and not regex.fullmatch(r"<.+>", token["content"]):
+                refuse(f"its added token {token['content']!r} is ordinary text")
+        letters = byte_letters()
+        ids = {bytes(letters[letter] for letter in token): number for token, number in model["vocab"].items()
+               if token not in special}
+        numbers = [*ids.values(), *special.values()]
+        if not ids or any(type(number) is not int or not 0 <= number < 2**28 for number in numbers):
+            refuse("its vocabulary is empty or has ids that are no numbers")
+        if len({*numbers}) < len(numbers):
+            refuse("two of its tokens have the same id")
+        merges, last = {}, -1
         for pair in model["merges"]:
-            number = model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)]
-            if number < last:
+            a, b = (bytes(letters[letter] for letter in part)
+                    for part in (pair.split(" ") if isinstance(pair, str) else pair))
+            if ids[a + b] < last:
                 refuse("its merges do not stand in the order of their ids")
-            last = number
-        return {"ranks": ranks, "pattern": pattern, "special": special, "nfc": normalizers == ["NFC"]}
+            last = ids[a + b]
+            merges.setdefault((a, b), len(merges))
+        if not model.get("ignore_merges"):
+            for token in ids:
+                if len(token) > 1 and merged(token, merges) != [token]:
+                    refuse(f"its token {token!r} is not what its merges make of these bytes")
+        for token in special:
+            token.encode("utf-8")
+        return {"ranks": ids, "pattern": pattern, "special": special, "nfc": normalizers == ["NFC"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
@@ -259,16 +288,21 @@ class Tokenizer:
         try:
             self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=padded,
                                               special_tokens={})
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise BadInput(f"the tokenizer's pattern {pattern!r} is no regex ({error})") from None
         self.format = make_format(format, special, self.encode)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks."""
-        ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        try:
+            ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        except BaseException as error:  # tiktoken's regex gives up on a million blanks, as a panic
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadInput(f"{text[:30]!r}... ({len(text)} characters): tiktoken cannot cut it") from None
         if self.lacking and not self.lacking.isdisjoint(ids):
             byte = next(i for i in ids if i in self.lacking) - self.vocab_size
-            raise BadInput(f"{text[:60]!r}: has the byte {byte:#04x}, which the vocabulary lacks; remove it")
+            raise BadInput(f"{text[:30]!r}... has the byte {byte:#04x}, which the vocabulary lacks")
         return ids
 
     def decode(self, ids: list[int]) -> str:

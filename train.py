@@ -16,9 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import platform
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,13 +29,15 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLISHED, Dataset, Sampler, Views, collate_fused, collate_three
-from data import fit_splits, load_dataset, loss_dropout, render_views
+from data import announce, fit_splits, load_dataset, loss_dropout, render_views
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
-from files import BadInput, Parser, atomic, main_guard, read_json, write_text
+from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
 from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
 from published import sha256
-from tokenizer import FORMATS, Tokenizer, train_bpe
+from runs import Metrics, git_commit, open_run, restore, save_state, trainable
+from scores import check_databases
+from tokenizer import CARRIED, FORMATS, Tokenizer, train_bpe
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -266,11 +266,6 @@ def micro_batches(c: Config, train: list[Views], indices: list[int], step: int) 
             for start in range(0, len(indices), size)]
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, and so what a checkpoint holds: everything, or with LoRA the adapters and [PRED]."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
 def step_seed(seed: int, step: int) -> int:
     return int(np.random.default_rng([seed, step, 2]).integers(2**63))
 
@@ -292,121 +287,7 @@ def lr_at(step: int, total: int, c: Config) -> float:
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-# ---- the run folder ----------------------------------------------------------------------------------------
-
-def git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        reply = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
-                               capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return reply.stdout.strip() or None
-
-
-def open_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
-    """Make the run folder, or recognise it: what run.json holds. BadInput if it is another run's."""
-    folder = Path(c.out)
-    dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
-    init = {str(path): sha256(path) for path in sorted(Path(c.init_from).glob("*.safetensors"))
-            } if c.init_from else {}
-    record = {"config": asdict(c), "source": data.source, "files": data.files, "init": init, "dtype": dtype,
-              "system": data.train[0].system, "max_new_tokens": max_new_tokens, "device": str(device),
-              "git_commit": git_commit(),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    if not (folder / "run.json").exists():
-        if folder.exists() and any(path.name != "run.json.tmp" for path in folder.iterdir()):
-            raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
-        return record
-    old = read_json(folder / "run.json")
-    theirs, ours = old.get("config"), asdict(c)
-    if not isinstance(theirs, dict) or "dtype" not in old or not isinstance(old.get("files"), dict):
-        raise BadInput(f"{folder / 'run.json'}: not written by this program; choose another --out")
-    different = [f"--{name} {theirs.get(name)} (now {value})" for name, value in ours.items()
-                 if name not in ("out", "data_dir") and theirs.get(name) != value]
-    if different:
-        raise BadInput(f"{folder} holds a run with {', '.join(different)}; choose another --out")
-    if list(old["files"].values()) != list(data.files.values()):
-        raise BadInput(f"{folder} holds a run on other data ({', '.join(old['files'])}); "
-                       "choose another --out")
-    if list(old.get("init", {}).values()) != list(init.values()):
-        raise BadInput(f"{folder} holds a run from other weights: {c.init_from} has changed; "
-                       "choose another --out")
-    for name in ("git_commit", "versions"):
-        if old.get(name) != record[name]:
-            print(f"note: {name} was {old.get(name)} when this run began, and is {record[name]} now")
-    return old
-
-
-def save_state(folder: Path, state: dict) -> None:
-    try:
-        with atomic(folder / "state.pt") as temporary:
-            torch.save(state, temporary)
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{folder / 'state.pt'}: cannot be written ({str(error).splitlines()[0]})") from None
-
-
-def load_state(folder: Path, device: torch.device) -> dict | None:
-    path = folder / "state.pt"
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
-        raise BadInput(f"{path}: damaged ({str(error).splitlines()[0]}); move it away to restart") from None
-
-
-def restore(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, int, int, int]:
-    """Load the last checkpoint, if there is one: (steps done, examples, tokens, bytes of metrics.jsonl)."""
-    state = load_state(folder, model.device)
-    if state is None:
-        return 0, 0, 0, 0
-    try:
-        weights = trainable(model)
-        if state["model"].keys() != weights.keys():
-            raise KeyError
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(state["model"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["examples"], state["tokens"], state["metrics_size"]
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
-        raise BadInput(f"{folder / 'state.pt'}: of another run; move it away to restart") from None
-
-
-class Metrics:
-    """metrics.jsonl, cut back to `size` bytes: lines behind the last checkpoint are written again."""
-
-    def __init__(self, path: Path, size: int):
-        self.file = open(path, "ab")
-        if self.file.tell() < size:
-            raise BadInput(f"{path}: shorter than at the last checkpoint; put it back, or move the run away")
-        self.file.truncate(size)
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()  # for whoever watches the run
-
-    def size(self) -> int:
-        """Bytes so far, all on the disk."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-
 # ---- before and after the loop -----------------------------------------------------------------------------
-
-def announce(data: Dataset) -> None:
-    """Say where the data comes from, before anything else."""
-    if data.source == "generated":
-        print(f"data: GENERATED by the embedded NL-RX grammar (no published {data.name} files found; "
-              f"`python data.py download {data.name}` fetches them)")
-    else:
-        print(f"data: {data.source}")
-    for path, digest in data.files.items():
-        print(f"  {path} sha256 {digest[:12]}")
-
 
 def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     """New weights and a tokenizer of the train split's own, or both from --init_from."""
@@ -420,9 +301,23 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
     if model.pred_embedding is None or len(model.pred_embedding) != c.k:
         model.add_predictors(c.k, c.seed)
+    if c.lora_rank > model.config.dim:
+        raise BadInput(f"--lora_rank {c.lora_rank}: more than the model's width of {model.config.dim}")
     if c.lora_rank:
         model.add_lora(c.lora_rank, c.lora_dropout, c.seed)
     return model, tokenizer
+
+
+def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
+    """What run.json is to hold."""
+    base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
+            or path.name in ("config.json", *CARRIED)] if c.init_from else []
+    return {"config": asdict(c), "source": data.source, "files": data.files,
+            "init": {str(path): sha256(path) for path in base},
+            "dtype": c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32",
+            "system": data.train[0].system, "max_new_tokens": max_new_tokens, "device": str(device),
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
 def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict,
@@ -445,12 +340,13 @@ def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds."""
     data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
     announce(data)
+    check_databases(data)
     device, folder = pick_device(c.device), Path(c.out)
     model, tokenizer = make_model(c, data)
     options = {name: getattr(c, name) for name in VIEW_OPTIONS}
     fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
     limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-    dtype = open_run(c, data, device, limit)["dtype"]
+    dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
     if (folder / "eval.json").exists():
         print(f"{folder}: finished before")
         return read_json(folder / "eval.json")

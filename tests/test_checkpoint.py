@@ -260,6 +260,8 @@ def test_damaged_checkpoints_are_named(tmp_path):
             ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
             ({"rope_scaling": {"rope_type": "llama3"}}, "llama3 needs factor, a number above 0"),
             ({"rope_scaling": ["linear"]}, "must be objects"),
+            ({"rope_parameters": "abc"}, "must be objects"),
+            ({"rope_theta": 10**400}, "rope_theta is 1000"),
             ({"rope_scaling": ROPE | {"high_freq_factor": 1.0}}, "two different freq_factors"),
             ({"hidden_size": "32"}, "hidden_size is '32'; it must be of type int, above 0 and"),
             ({"vocab_size": 10**15}, "vocab_size is 1000000000000000; it must be"),
@@ -287,6 +289,10 @@ def test_damaged_checkpoints_are_named(tmp_path):
     weights.unlink()
     refused("model.safetensors: no such file")
     weights.unlink()
+    weights.mkdir()
+    with pytest.raises(BadInput, match="model.safetensors: not a whole safetensors file"):
+        Transformer.from_pretrained(tmp_path)
+    weights.rmdir()
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     refused("has pytorch_model.bin, a pickle, which may run code and is never loaded")
     (tmp_path / "pytorch_model.bin").unlink()
@@ -298,7 +304,9 @@ def test_damaged_checkpoints_are_named(tmp_path):
     refused("tensor pred_embedding is missing")
     save_file({"pred_embedding": torch.ones(1, 31)}, tmp_path / "pred_embedding.safetensors")
     refused(r"pred_embedding has shape \(1, 31\)")
-    (tmp_path / "pred_embedding.safetensors").unlink()
+    save_file({"pred_embedding": torch.ones(0, 32)}, tmp_path / "pred_embedding.safetensors")
+    refused("pred_embedding has no row")
+    Transformer(small(), k=0).save_pretrained(tmp_path)  # over a model that had predictors
     assert Transformer.from_pretrained(tmp_path).pred_embedding is None
 
 
@@ -322,6 +330,9 @@ def test_damaged_shards_are_named(tmp_path):
     refused(rf"{shards[1].name}: tensor \S+ is in {shards[0].name} too")
     index.write_text(json.dumps({"weight_map": {"a": "../../evil.safetensors"}}))
     refused("weight_map must name, for every tensor, a file of its folder")
+    for name in ("..", "", "a\nb.safetensors", "model.bin"):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        refused("weight_map must name")
     index.write_text("{}")
     refused("weight_map must name")
     smaller = {name: shard for name, shard in entries["weight_map"].items() if shard != shards[1].name}

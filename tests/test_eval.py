@@ -59,8 +59,7 @@ def test_scores():
     scores = score(EXAMPLES, answers, [True, False, True, True], {("one", "(a)|(b)"), ("four", "x")},
                    scorer_of("nlrx_synth", "data"))
     assert scores == {"exact": 1 / 4, "prefix": 2 / 4, "stopped": 3 / 4, "exact_unseen": 0 / 3,
-                      "dfa_equal": 2 / 4,
-                      "dfa_undecided": 0}
+                      "dfa_equal": 2 / 4, "undecided": 0}
     assert "dfa_equal" not in score(EXAMPLES, answers, [True] * 4, set())
     assert score(EXAMPLES[:1], answers[:1], [True], {("one", "(a)|(b)")})["exact_unseen"] is None
 
@@ -69,7 +68,7 @@ def test_evaluate(tiny, tokenizer, examples):
     split = Dataset("nlrx_turk", examples[:2], examples, "file", {})
     options = dict(k=1, ntp_on="all", train_eos=True, pred_first=False, reverse=False)
     result, answers = evaluate(tiny(1), tokenizer, split, options, 8)
-    assert result.keys() == {"exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "dfa_undecided",
+    assert result.keys() == {"exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "undecided",
                              "cos_paired",
                              "cos_shuffled", "cos_gap", "retrieval_at_1", "rank_pred", "rank_enc", "n",
                              "seconds",
@@ -114,7 +113,7 @@ def test_a_long_neighbour_cuts_no_answer(tiny):
 def test_undecided_is_wrong_and_counted(monkeypatch):
     monkeypatch.setattr(derivatives, "equal", lambda a, b: derivatives.Verdict(None, None))
     scores = score(EXAMPLES[:2], ["a", "b"], [True] * 2, set(), scorer_of("nlrx_synth", "data"))
-    assert scores["dfa_equal"] == 0 and scores["dfa_undecided"] == 2
+    assert scores["dfa_equal"] == 0 and scores["undecided"] == 2
 
 
 def test_collapse_report_of_a_reversed_run(tiny, tokenizer):
@@ -159,8 +158,12 @@ def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments,message", [
     (["nowhere"], "run.json: no such file"), ([], "required: MODEL"), (["x", "--prom", "a"], "unrecognized"),
     (["x", "--max_new_tokens", "0"], "must be at least 1"),
-    (["x", "--prompt", "a", "--data_dir", "b"], "--data_dir: no effect with --prompt"),
-    (["x", "--prompt", "a", "--dataset", "b"], "--dataset: no effect with --prompt"),
+    (["x", "--prompt", "a", "--data_dir", "b"], "--data_dir: no effect with --prompt a"),
+    (["x", "--prompt", "a", "--dataset", "b"], "--dataset: no effect with --prompt a"),
+    (["x", "--dataset", "nlrx_synth", "--test_file", "b"], "--test_file: no effect with --data"),
+    (["x", "--dataset", "a.jsonl", "--data_dir", "b"], "--data_dir: no effect with --dataset a.jsonl"),
+    (["x", "--dataset", "a.jsonl"], "a dataset of your own needs --test_file"),
+    (["nowhere"], "run.json: no such file; --dataset scores a model that is no run"),
     (["x", "--dataset", "b", "--other_data", "--system", "c"], "--other_data, --system: no effect"),
     (["x", "--n_test", "5"], "--n_test: no effect without --dataset"),
     (["x", "--dataset", "nlrx_synth", "--n_test", "0"], "--n_test 0: must be at least 1"),

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_train import assert_equal_runs, command, rows_of, weights
 
 import eval
 import train
-from data import Example, load_dataset, read_jsonl, render_views
+from data import Dataset, Example, load_dataset, read_jsonl, render_views
 from files import BadInput
 from published import PUBLISHED, git_blob_id
 from tokenizer import Tokenizer
@@ -52,7 +53,9 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
     run, base = tmp_path / "run", tensors(chat_folder)
     record = json.loads((run / "run.json").read_text())
     with_jepa = record["config"]["lam"] > 0
-    assert record["init"].keys() == {str(chat_folder / "model.safetensors")} and record["system"] == "Count."
+    assert {Path(path).name for path in record["init"]} >= {"model.safetensors", "config.json",
+                                                            "tokenizer.json"}
+    assert record["system"] == "Count."
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (run / name).read_bytes() == (chat_folder / name).read_bytes()
     rows = [row for row in rows_of(run) if "loss" in row]
@@ -118,11 +121,13 @@ def test_other_weights_behind_the_same_name(argv, chat_folder, tmp_path):
     argv = [*argv, "--init_from", str(mine), "--max_steps", "1"]
     train.train(train.parse_config(argv))
     (tmp_path / "run" / "eval.json").unlink()
-    content = bytearray((mine / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (mine / "model.safetensors").write_bytes(content)
-    with pytest.raises(BadInput, match="holds a run from other weights: .*base has changed"):
-        train.train(train.parse_config(argv))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = (mine / name).read_bytes()
+        (mine / name).write_bytes(content[:-1] + (b"\0" if content[-1:] != b"\0" else b"\1")
+                                  if name == "model.safetensors" else content + b" ")
+        with pytest.raises(BadInput, match="holds a run from another checkpoint than .*base.* now"):
+            train.train(train.parse_config(argv))
+        (mine / name).write_bytes(content)
 
 
 def test_from_a_run_to_another_task(talks, tmp_path):
@@ -153,9 +158,24 @@ def test_a_checkpoint_is_scored_before_any_training(talks, chat_folder, capsys, 
         return capsys.readouterr().out
     table = run("--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"),
                 "--n_test", "4")
-    assert table.splitlines()[0].split()[1:4] == ["run", "|", "exact"] and table.strip().endswith("| 4 |")
+    assert table.startswith("data: file\n") and "| exact |" in table and table.strip().endswith("| 4 |")
     assert run("--prompt", "the number 3", "--system", "Count.") != run("--prompt", "the number 3")
     assert sorted(path.name for path in chat_folder.iterdir()) == before
+
+
+def test_a_run_keeps_its_format_and_views_on_another_dataset(argv, talks, tmp_path):
+    """The checkpoint's tokenizer has the tokens of all formats; auto would take another one."""
+    result = train.train(train.parse_config([*argv, "--max_steps", "2", "--pred_first"]))
+    again = eval.score_checkpoint(tmp_path / "run", str(talks / "train.jsonl"), max_new_tokens=6,
+                                  test_file=str(talks / "test.jsonl"))
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_hellaswag_s_hits_are_endings_and_not_letters(tiny, tokenizer):
+    rows = [Example(f"q{i}", "A", text_view="same", code_view=f"ending {i}") for i in range(8)]
+    split = Dataset("d", [], rows, "file", {})
+    options = dict(k=1, ntp_on="all", train_eos=True, pred_first=False, reverse=False)
+    assert eval.evaluate(tiny(1), tokenizer, split, options, 4)[0]["retrieval_at_1"] == 1 / 8
 
 
 def test_paraphrases_are_pretrained_on(tmp_path, monkeypatch):
@@ -220,8 +240,10 @@ def test_wrong_settings(flags, message):
 
 def test_a_folder_that_is_no_checkpoint(argv, tmp_path):
     """By the program: one line, status 2, and no run folder."""
-    for folder, message in ((tmp_path / "none", "no such folder"), (tmp_path, "config.json: no such file")):
-        reply = command([*argv, "--init_from", str(folder)])
+    for flags, message in ((["--init_from", str(tmp_path / "none")], "no such folder"),
+                           (["--init_from", str(tmp_path)], "config.json: no such file"),
+                           (["--lora_rank", "100000000000"], "000: more than the model's width of 32")):
+        reply = command([*argv, *flags])
         assert reply.returncode == 2 and message in reply.stderr and reply.stderr.count("\n") == 1
         assert reply.stderr.startswith("error: ") and not (tmp_path / "run").exists()
 

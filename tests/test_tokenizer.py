@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as ours
-from data import Example, load_dataset, render_prompt, render_views
+from data import Example, fitting, load_dataset, render_prompt, render_views
 from files import BadInput
 from tokenizer import Tokenizer, merge, train_bpe
 
@@ -145,7 +145,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
-    with pytest.raises(BadInput, match=r"'x\\x04y': has the byte 0x04, which the vocabulary lacks"):
+    with pytest.raises(BadInput, match=r"'x\\x04y'... has the byte 0x04, which the vocabulary lacks"):
         tokenizer.encode("x\x04y")
 
 
@@ -175,6 +175,7 @@ def test_other_tokenizers_are_refused_by_name(tmp_path):
     refused("tokenizer.json: no such file")
     json_tokenizer("gpt2", tmp_path)
     good = json.loads(path.read_text())
+    vocab = good["model"]["vocab"]
     for changes, match in (
             ({"model": {"type": "Unigram", "vocab": []}}, "a tokenizer of type Unigram"),
             ({"model": {"type": "WordPiece", "vocab": {}}}, "a tokenizer of type WordPiece"),
@@ -186,9 +187,19 @@ def test_other_tokenizers_are_refused_by_name(tmp_path):
             ({"pre_tokenizer": good["pre_tokenizer"] | {"add_prefix_space": True}}, "pre_tokenizer is"),
             ({"model": good["model"] | {"merges": good["model"]["merges"][::-1]}}, "order of their ids"),
             ({"model": 3}, "not understood"),
-            ({"added_tokens": [{"id": -1, "content": "x"}]}, "id of 'x' is -1"),
-            ({"model": good["model"] | {"vocab": {"a": "1"}}}, "the id of 'a' is '1'"),
+            ({"added_tokens": [{"id": -1, "content": "<x>"}]}, "ids that are no numbers"),
+            ({"added_tokens": [{"id": 5000, "content": "lines"}]}, "added token 'lines' is ordinary text"),
+            ({"added_tokens": [{"id": 70, "content": "<x>"}]}, "two of its tokens have the same id"),
+            ({"added_tokens": [{"id": 5000, "content": "<\ud800>"}]}, "not understood"),
+            ({"model": good["model"] | {"vocab": {"a": "1"}}}, "ids that are no numbers"),
+            ({"model": good["model"] | {"vocab": {}}}, "its vocabulary is empty"),
             ({"model": good["model"] | {"vocab": {"日": 1}}}, "not understood"),
+            ({"model": good["model"] | {"end_of_word_suffix": "</w>"}}, "its end_of_word_suffix is '</w>'"),
+            ({"model": good["model"] | {"dropout": 0.1}}, "its dropout is 0.1"),
+            ({"model": good["model"] | {"vocab": vocab | {"qz": 5000}}}, "is not what its merges make"),
+            ({"model": good["model"] | {"vocab": vocab | {"qz": 5000, "zj": 5001, "qzj": 5002},
+                                        "merges": [*good["model"]["merges"], "q z", "z j", "q zj"]}},
+             "token b'qzj' is not what its merges"),
             ({"added_tokens": [{"id": 9999, "content": "<|begin|>"}]}, "no chat format"),
             ({"added_tokens": []}, "special tokens of no chat format")):
         path.write_text(json.dumps(good | changes))
@@ -200,6 +211,15 @@ def test_other_tokenizers_are_refused_by_name(tmp_path):
     refused("tokenizer.model: a sentencepiece tokenizer")
     (tmp_path / "tokenizer.model").write_bytes(b"\x80\x04 rubbish")
     refused("tokenizer.model:1: expected")
+
+
+def test_what_tiktoken_cannot_cut_is_refused(tokenizer):
+    """Its regex panics, with a BaseException, at a million blanks."""
+    tokenizer = Tokenizer(tokenizer.ranks, ours.GPT2)
+    with pytest.raises(BadInput, match=r"1000001 characters\): tiktoken cannot cut it"):
+        tokenizer.encode("x" + " " * 1_000_000)
+    with pytest.raises(BadInput, match="^f:3: .*tiktoken cannot cut it"):
+        fitting([Example("a" + " " * 1_000_000, "b", "f:3")], tokenizer, 10)
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

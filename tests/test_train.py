@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import runs
 import train
 from data import Sampler, collate_fused, load_dataset, render_views
 from files import BadInput
@@ -53,7 +54,7 @@ def rows_of(folder):
 
 
 def weights(folder):
-    return train.load_state(folder, torch.device("cpu"))["model"]
+    return runs.load_state(folder, torch.device("cpu"))["model"]
 
 
 def assert_equal_runs(a, b, tolerance=0.0):
@@ -347,7 +348,7 @@ def test_disk_full_at_the_second_checkpoint(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="No space left"):
         train.train(c)
-    assert train.load_state(tmp_path / "run", torch.device("cpu"))["step"] == 2
+    assert runs.load_state(tmp_path / "run", torch.device("cpu"))["step"] == 2
     assert not list((tmp_path / "run").glob("*.tmp"))
     train.train(c)
     assert calls == [2, 4, 4]
