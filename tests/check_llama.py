@@ -2,7 +2,7 @@
 
     python tests/check_llama.py [DIR]
 
-Needs 5 GB of disk (in DIR, or where temporary files are) and some 15 GB of memory; weights are random.
+Needs 5 GB of disk (in DIR, or where temporary files are) and 10 GiB of memory; weights are random.
 """
 import resource
 import sys

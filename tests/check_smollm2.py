@@ -45,7 +45,7 @@ def main(folder: Path, data_dir: Path) -> None:
     different = sum(tokenizer.encode(text) != them.ids for text, them in zip(texts, encoded, strict=True))
     report(f"texts of {len(files)} files with other ids, of {len(texts):,}", different, 0)
 
-    talks = [e for examples in files.values() for e in examples[::100] if e.text.strip()[:1] == e.text[:1]]
+    talks = [e for examples in files.values() for e in examples[::100]]
     other_text = other_ids = 0
     for e in talks:
         turns = [{"role": role, "content": content} for role, content in (
