@@ -14,9 +14,12 @@ Letters: B rows, T tokens in a row, V vocabulary, k predictor tokens, N pairs.
 import argparse
 import hashlib
 import json
+import os
 import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,31 +45,60 @@ class Example:
     text_only: bool = False  # code is no continuation of text, just its other view (paraphrase)
 
 
+class Examples(Sequence):
+    """The examples of a file, read when they are asked for: of a million lines 24 bytes each are kept.
+
+    at (N, 3): where each line begins in the file, its length in bytes, its number for messages.
+    """
+
+    def __init__(self, path: Path, at: np.ndarray, text_only: bool = False):
+        self.path, self.at, self.text_only = path, at, text_only
+        self.file = open(path, "rb")
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, i: int | slice | np.ndarray):
+        if not isinstance(i, (int, np.integer)):
+            return Examples(self.path, self.at[i], self.text_only)
+        start, length, number = self.at[i].tolist()
+        line = os.pread(self.file.fileno(), length, start)  # has no position: any thread may read
+        return replace(read_line(line, f"{self.path}:{number}"), text_only=self.text_only)
+
+
 @dataclass
 class Dataset:
     name: str
-    train: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    test: Sequence[Example]
     source: str  # published | generated | file
     files: dict[str, str]  # path -> sha256
     folder: Path = Path("data")  # where published files are
 
+    @cached_property
+    def seen(self) -> set[tuple[str, str]]:
+        """The test pairs that stand in train, too."""
+        test = {(e.text, e.code) for e in self.test}
+        return {pair for e in self.train if (pair := (e.text, e.code)) in test}
 
-def read_jsonl(path: str | Path) -> list[Example]:
+
+def read_jsonl(path: str | Path) -> Examples:
     """The examples of a JSONL file: `{"text": ..., "code": ...}` or `{"messages": [...]}` lines, where the
-    user's message is the text and the assistant's the code. BadInput names file and line."""
-    path = Path(path)
-    examples = []
+    user's message is the text and the assistant's the code. Every line is checked; BadInput names file and
+    line."""
+    path, at, start = Path(path), array("q"), 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    examples.append(read_line(line, f"{path}:{number}"))
+                    read_line(line, f"{path}:{number}")
+                    at.extend((start, len(line), number))
+                start += len(line)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    if not examples:
+    if not at:
         raise BadInput(f"{path}: holds no example")
-    return examples
+    return Examples(path, np.array(at).reshape(-1, 3))
 
 
 def read_line(line: bytes, where: str) -> Example:
@@ -167,8 +199,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
         if wanted > len(examples):
             raise BadInput(f"--{flag} {wanted}: {name} has only {len(examples)} {split} examples")
     train, test = train[:n_train or None], test[:n_test or None]
-    if name == "paraphrase":
-        train, test = ([replace(example, text_only=True) for example in split] for split in (train, test))
+    train.text_only = test.text_only = name == "paraphrase"
     return Dataset(name, train, test, source, files, Path(data_dir))
 
 
@@ -240,19 +271,20 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
     return Views(main, labels, openings[0] + views[0], preds, enc)
 
 
-def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
-            **view_options) -> list[Example]:
-    """The examples whose sequences fit into max_seq_len tokens; a longer one is BadInput, or dropped and
-    counted (on_long="drop")."""
-    kept = []
-    for example in examples:
+def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
+            **view_options) -> tuple[Examples, np.ndarray]:
+    """The examples whose sequences fit into max_seq_len tokens, and the length of main of each; a longer one
+    is BadInput, or dropped and counted (on_long="drop")."""
+    kept, lengths = array("q"), array("q")
+    for i, example in enumerate(examples):
         try:
             views = render_views(example, tokenizer, **view_options)
         except BadInput as error:
             raise BadInput(f"{example.where}: {error}") from None
         longest = max(len(views.main), len(views.stem) + len(views.preds), len(views.enc))
         if longest <= max_seq_len:
-            kept.append(example)
+            kept.append(i)
+            lengths.append(len(views.main))
         elif on_long == "error":
             raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
                            "shorten it or pass --on_long drop")
@@ -261,12 +293,30 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_
                        f"model's context of {max_seq_len} tokens")
     if len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} examples: over {max_seq_len} tokens")
-    return kept
+    return examples[np.array(kept)], np.array(lengths)
 
 
-def fit_splits(data: Dataset, *arguments, **options) -> None:
-    """`fitting` for train and test, in place: training and every later scoring see the same examples."""
-    data.train, data.test = (fitting(split, *arguments, **options) for split in (data.train, data.test))
+def fit_splits(data: Dataset, *arguments, **options) -> np.ndarray:
+    """`fitting` for train and test, in place: training and every later scoring see the same examples. Returns
+    the lengths of train's mains."""
+    data.train, lengths = fitting(data.train, *arguments, **options)
+    data.test, _ = fitting(data.test, *arguments, **options)
+    return lengths
+
+
+class Rendered:
+    """Views of the examples, by number, rendered when they are asked for; the last few thousand are kept."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, **view_options):
+        def render(i: int) -> Views:
+            return render_views(examples[i], tokenizer, **view_options)
+        self.n, self.render = len(examples), lru_cache(maxsize=10_000)(render)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Views:
+        return self.render(int(i))
 
 
 # ---- many examples: batches --------------------------------------------------------------------------------
@@ -428,7 +478,7 @@ class Sampler:
     """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
     batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
         self.steps_per_epoch = -(-len(lengths) // batch_size)
         self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
@@ -514,7 +564,7 @@ def main() -> None:
     if args.init_from:
         tokenizer = Tokenizer.load(args.init_from, format=args.format)
     else:
-        texts = [text for e in train for text in (e.text, e.code)]
+        texts = (text for e in train for text in (e.text, e.code))
         tokenizer = Tokenizer(train_bpe(texts, args.vocab_size or 512), format=args.format)
     views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first,
                          args.reverse)

@@ -28,8 +28,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLISHED, Dataset, Sampler, Views, collate_fused, collate_three
-from data import announce, fit_splits, load_dataset, loss_dropout, render_views
+from data import PUBLISHED, Dataset, Rendered, Sampler, announce, collate_fused, collate_three, fit_splits
+from data import load_dataset, loss_dropout
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
@@ -257,7 +257,7 @@ class Step(nn.Module):
             return self.passes(self.model, batch, self.distance)
 
 
-def micro_batches(c: Config, train: list[Views], indices: list[int], step: int) -> list:
+def micro_batches(c: Config, train: Rendered, indices: list[int], step: int) -> list:
     """The step's examples, collated in groups of --micro_batch."""
     keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
     collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len)
@@ -292,7 +292,7 @@ def lr_at(step: int, total: int, c: Config) -> float:
 def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     """New weights and a tokenizer of the train split's own, or both from --init_from."""
     if not c.init_from:
-        texts = [text for e in data.train for text in (e.text, e.code)]
+        texts = (text for e in data.train for text in (e.text, e.code))
         tokenizer = Tokenizer(train_bpe(texts, c.vocab_size))
         return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
     if not Path(c.init_from).is_dir():
@@ -328,7 +328,7 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
     tokenizer.save(folder)
     result, answers = evaluate(model, tokenizer, data, options, limit)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
-    for example, answer in zip(data.test[:5], answers[:5], strict=False):  # paraphrase has no answers
+    for example, answer in zip(data.test, answers[:5], strict=False):  # paraphrase has no answers
         print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
             "" if answer == example.code else "   <- differs"))
     return result
@@ -344,7 +344,7 @@ def train(c: Config) -> dict:
     device, folder = pick_device(c.device), Path(c.out)
     model, tokenizer = make_model(c, data)
     options = {name: getattr(c, name) for name in VIEW_OPTIONS}
-    fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
+    lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
     limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
     if (folder / "eval.json").exists():
@@ -352,8 +352,8 @@ def train(c: Config) -> dict:
         return read_json(folder / "eval.json")
 
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    examples = [render_views(example, tokenizer, **options) for example in data.train]
-    sampler = Sampler([len(views.main) for views in examples], c.batch_size, c.seed)
+    examples = Rendered(data.train, tokenizer, **options)
+    sampler = Sampler(lengths, c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
     every = c.checkpoint_every or sampler.steps_per_epoch
     optimizer = make_optimizer(model, c)
