@@ -17,10 +17,12 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
 
 import numpy as np
 import torch
@@ -323,9 +325,12 @@ class Rendered:
 
 class Batch:
     def to(self, device: torch.device):
-        """The same batch with its tensors on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+        """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting."""
+        def move(x):
+            if not isinstance(x, Tensor):
+                return x
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass
@@ -505,6 +510,42 @@ def loss_dropout(n: int, alpha: float, seed: int, step: int) -> list[bool]:
     others do (the paper's LD, but per example and not per batch). The generator belongs to (seed, step)
     alone."""
     return (np.random.default_rng([seed, step, 1]).random(n) >= alpha).tolist()
+
+
+def ahead(items: Iterator, n: int = 2) -> Iterator:
+    """The same items, made by a thread of their own up to n of them ahead of the one that is taken."""
+    made, stop, end = Queue(n), Event(), object()
+
+    def offer(item) -> None:
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in items:
+                offer((item, None))
+                if stop.is_set():
+                    return
+            offer((end, None))
+        except BaseException as error:  # goes up where the item would have been taken
+            offer((end, error))
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
 
 
 # ---- a look at it ------------------------------------------------------------------------------------------

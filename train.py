@@ -18,7 +18,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -28,8 +28,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLISHED, Dataset, Rendered, Sampler, announce, collate_fused, collate_three, fit_splits
-from data import load_dataset, loss_dropout
+import ranks
+from data import PUBLISHED, Dataset, Rendered, Sampler, Views, ahead, announce, collate_fused, collate_three
+from data import fit_splits, load_dataset, loss_dropout
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
@@ -169,9 +170,9 @@ def check(c: Config, given: set[str]) -> list[str]:
             inert(("pred_first",), "with --k 0")
         if c.distance != "infonce":
             inert(("temperature",), "without --distance infonce")
-        elif c.micro_batch or c.batch_size == 1:
-            problems.append("--distance infonce takes its negatives from the whole batch: "
-                            "it needs --batch_size 2 or more and no --micro_batch")
+        elif c.micro_batch or c.batch_size == 1 or ranks.world > 1:
+            problems.append("--distance infonce takes its negatives from the whole batch: it needs "
+                            "--batch_size 2 or more, no --micro_batch and one process")
     if c.passes == "three":
         inert(("row_len",), "with --passes three")
     if c.dataset in PUBLISHED or c.eval_split == "valid":
@@ -240,6 +241,9 @@ def native_bf16(device: torch.device) -> bool:
                                         for name in ("avx512_bf16", "amx_bf16"))
 
 
+NOTHING = Views(main=[0], labels=[-100], stem=[0], preds=[], enc=[0])
+
+
 class Step(nn.Module):
     """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it
     would keep stale bfloat16 copies of the weights."""
@@ -254,13 +258,19 @@ class Step(nn.Module):
 
     def forward(self, batch) -> Losses:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self.passes(self.model, batch, self.distance)
+            losses = self.passes(self.model, batch, self.distance)
+        if batch.pred_at is None and self.model.pred_embedding is not None:  # other ranks may have views
+            losses = losses._replace(jepa_sum=losses.jepa_sum + 0 * self.model.pred_embedding.sum())
+        return losses
 
 
 def micro_batches(c: Config, train: Rendered, indices: list[int], step: int) -> list:
-    """The step's examples, collated in groups of --micro_batch."""
+    """This rank's share of the step's examples, collated in groups of --micro_batch."""
     keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
+    indices, keep = indices[ranks.rank::ranks.world], keep[ranks.rank::ranks.world]
     collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len)
+    if not len(indices):  # fewer examples than ranks: nothing to learn, but the others wait for a backward
+        return [replace(collate([NOTHING], [False]), n_pairs=0)]
     size = c.micro_batch or len(indices)
     return [collate([train[i] for i in indices[start:start + size]], keep[start:start + size])
             for start in range(0, len(indices), size)]
@@ -308,6 +318,11 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
+def view_options(c: Config) -> dict:
+    """What data.render_views takes."""
+    return {name: getattr(c, name) for name in VIEW_OPTIONS}
+
+
 def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
@@ -337,50 +352,52 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def train(c: Config) -> dict:
-    """Train, or go on training, and score; returns what eval.json holds."""
-    data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
-    announce(data)
-    check_databases(data)
-    device, folder = pick_device(c.device), Path(c.out)
-    model, tokenizer = make_model(c, data)
-    options = {name: getattr(c, name) for name in VIEW_OPTIONS}
-    lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
-    limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-    dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
+    """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
+    device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
+    with ranks.zero_first():
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
+        announce(data)
+        check_databases(data)
+        model, tokenizer = make_model(c, data)
+        lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
+        limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+        dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
     if (folder / "eval.json").exists():
         print(f"{folder}: finished before")
         return read_json(folder / "eval.json")
 
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    examples = Rendered(data.train, tokenizer, **options)
-    sampler = Sampler(lengths, c.batch_size, c.seed)
+    examples, sampler = Rendered(data.train, tokenizer, **options), Sampler(lengths, c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
     every = c.checkpoint_every or sampler.steps_per_epoch
-    optimizer = make_optimizer(model, c)
+    optimizer, weights = make_optimizer(model, c), trainable(model)
     start, n_examples, n_tokens_seen, metrics_size = restore(folder, model, optimizer)
-    metrics = Metrics(folder / "metrics.jsonl", metrics_size)
+    metrics = Metrics(folder / "metrics.jsonl", metrics_size) if ranks.rank == 0 else None
     compiled = c.compile if c.compile is not None else device.type == "cuda"
-    step_losses = Step(model, c, dtype)
+    step_losses = ranks.shared(Step(model, c, dtype), device)
     if compiled:
         step_losses = torch.compile(step_losses, dynamic=True)
-    weights = trainable(model)
     n_trained = sum(weight.numel() for weight in weights.values())
     print(f"{model.n_params():,} parameters{f' ({n_trained:,} trained)' if c.lora_rank else ''}, "
-          f"{len(examples)} examples, {total} steps on {device} in {dtype}{', compiled' if compiled else ''}"
-          f"; run folder {folder}{f', from step {start}' if start else ''}", flush=True)
+          f"{len(examples)} examples, {total} steps on {ranks.world} x {device} "
+          f"in {dtype}{', compiled' if compiled else ''}; run folder {folder}"
+          f"{f', from step {start}' if start else ''}", flush=True)
 
-    bar = tqdm(range(start, total), initial=start, total=total, disable=None, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(start, total), initial=start, total=total, disable=ranks.rank > 0 or None, unit="step",
+               dynamic_ncols=True)
+    collated = ahead(micro_batches(c, examples, sampler.indices(step), step) for step in range(start, total))
     clock, clock_tokens = time.perf_counter(), n_tokens_seen
-    for step in bar:
-        torch.manual_seed(step_seed(c.seed, step))  # of the adapters' dropout
-        batches = micro_batches(c, examples, sampler.indices(step), step)
-        n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
+    for step, batches in zip(bar, collated, strict=True):
+        torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
+        n_tokens, n_pairs = ranks.counts(sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches))
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, c)
         ntp = jepa = 0.0
         for batch in batches:
-            losses = step_losses(batch.to(device))
-            total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
+            with ranks.unshared(step_losses, batch is batches[-1]):
+                losses = step_losses(batch.to(device))
+                # the ranks' gradients will be averaged, and are to be summed
+                (ranks.world * total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma)).backward()
             ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs
         grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
         optimizer.step()
@@ -390,30 +407,36 @@ def train(c: Config) -> dict:
         where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples,
                  "tokens": n_tokens_seen}
         if done % c.log_every == 0 or done % every == 0 or done == total:
-            ntp, jepa, now = float(ntp), float(jepa), time.perf_counter()  # waits for the device
+            ntp, jepa = ranks.total(torch.stack([ntp, jepa])).tolist()  # waits for the device
             if not math.isfinite(ntp + jepa + float(grad_norm)):
                 raise BadInput(f"step {done}: the loss is {ntp} + {c.lam} * {jepa}, the gradient's norm "
                                f"{float(grad_norm)}; the last checkpoint is kept; try a lower --lr")
-            metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
-                                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
-                                   "tokens_per_s": round((n_tokens_seen - clock_tokens) / (now - clock))})
+            now = time.perf_counter()
+            speed = round((n_tokens_seen - clock_tokens) / (now - clock))
             clock, clock_tokens = now, n_tokens_seen
             bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
-        if done % sampler.steps_per_epoch == 0 and done < total:
+            if ranks.rank == 0:
+                metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
+                                       "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
+                                       "tokens_per_s": speed})
+        if ranks.rank == 0 and done % sampler.steps_per_epoch == 0 and done < total:
             look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
             metrics.write(where | {"look": look})
             clock += look["seconds"]
             tqdm.write(f"epoch {where['epoch']:.0f}, {look['n']} {c.eval_split} items: {brief(look)}")
-        if done % every == 0 or done == total:
+        if ranks.rank == 0 and (done % every == 0 or done == total):
             save_state(folder, {"model": weights, "optimizer": optimizer.state_dict(),
                                 "step": done, "examples": n_examples, "tokens": n_tokens_seen,
                                 "metrics_size": metrics.size()})
-    return finish(folder, model, tokenizer, data, options, limit)
+    return finish(folder, model, tokenizer, data, options, limit) if ranks.rank == 0 else {}
 
 
 def main() -> None:
     c = parse_config()
     result = train(c)
+    ranks.leave()
+    if ranks.rank:
+        return
     print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
     print(table({c.out: result}))
 

@@ -40,6 +40,17 @@ def jsonl(path, pairs):
     return read_jsonl(path)
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Files of 80 and 12 pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"}
+            for i in range(92)]
+    for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
 @pytest.fixture
 def tiny(tokenizer):
     """A function k -> small float64 model, large enough weights for every path to matter."""

@@ -27,17 +27,6 @@ TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "
         "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8"]
 
 
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """Files of 80 and 12 pairs."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"}
-            for i in range(92)]
-    for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
-
-
 @pytest.fixture
 def argv(pairs, tmp_path):
     return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
