@@ -338,6 +338,7 @@ class ThreePassBatch(Batch):
     """Three plain batches; the *_at are flat: row * T + column of the last token of each view."""
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
+    label_at: Tensor  # (M,) where labels is not -100, flat
     pred_ids: Tensor | None  # (N, T'); None: no views
     pred_at: Tensor | None  # (N,)
     enc_ids: Tensor | None  # (N, T'')
@@ -351,6 +352,7 @@ class FusedBatch(Batch):
     """Rows of segments, see jepa_loss.py; the *_at are flat: row * T + column."""
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
+    label_at: Tensor  # (M,) where labels is not -100, flat
     positions: Tensor  # (B, T)
     segment: Tensor | None  # (B, T), unique numbers in a row; None: every row is one segment and its pads
     parent: Tensor | None  # (B, T)
@@ -368,8 +370,9 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def count_labels(labels: Tensor) -> int:
-    return int((labels != -100).sum())
+def labelled(labels: Tensor) -> Tensor:
+    """(B, T) -> (M,): the flat positions that have a label."""
+    return (labels.flatten() != -100).nonzero().squeeze(1)
 
 
 def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
@@ -382,8 +385,9 @@ def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
         ids = pad(rows, 0) if rows else None
         last = [b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]
         views += [ids, torch.tensor(last) if rows else None]
-    return ThreePassBatch(pad([v.main for v in examples], 0), labels, *views,
-                          n_tokens=count_labels(labels), n_pairs=len(examples))
+    label_at = labelled(labels)
+    return ThreePassBatch(pad([v.main for v in examples], 0), labels, label_at, *views,
+                          n_tokens=len(label_at), n_pairs=len(examples))
 
 
 @dataclass
@@ -476,7 +480,9 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> 
     if not row_len and not any(keep):
         tensors[3:] = None, None
     at = [torch.tensor(x) if x else None for x in (pred_at, enc_at)]
-    return FusedBatch(*tensors, *at, n_tokens=count_labels(tensors[1]), n_pairs=len(examples))
+    label_at = labelled(tensors[1])
+    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, n_tokens=len(label_at),
+                      n_pairs=len(examples))
 
 
 class Sampler:

@@ -159,7 +159,8 @@ def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     for start in range(0, len(views), chunk):
         part = views[start:start + chunk]
         batch = collate_three(part, [False] * len(part)).to(model.device)
-        total, n = total + ntp(model.head, model(batch.ids), batch.labels).item(), n + batch.n_tokens
+        total += ntp(model.head, model(batch.ids), batch.labels, batch.label_at).item()
+        n += batch.n_tokens
     return total / n
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 class Losses(NamedTuple):
@@ -49,15 +50,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def ntp(head: Callable, hidden: Tensor, labels: Tensor) -> Tensor:
+def ntp(head: Callable, hidden: Tensor, labels: Tensor, label_at: Tensor) -> Tensor:
     """Sum of -log p(label) in float32 at least, over the positions that have one.
 
     hidden (B, T, C); labels (B, T): the id that this very position must predict (already shifted), -100 for
-    none. Only those positions go through the head.
+    none; label_at (M,): where the others are, counted over all B * T positions, so that an accelerator need
+    not search and stop. Only these go through the head.
     """
-    at = (labels.flatten() != -100).nonzero().squeeze(1)  # (M,)
-    logits = wide(head(pick(hidden, at)))  # (M, V)
-    return F.cross_entropy(logits, labels.flatten()[at], reduction="sum")
+    logits = wide(head(pick(hidden, label_at)))  # (M, V)
+    return F.cross_entropy(logits, labels.flatten()[label_at], reduction="sum")
 
 
 def pick(hidden: Tensor, at: Tensor) -> Tensor:
@@ -103,12 +104,12 @@ DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
 def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
     """Both terms from three causal, right-padded batches (data.ThreePassBatch).
 
-    ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>
+    ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>; label_at: see ntp
     pred_ids (N, T'), pred_at     <|begin|> TEXT [PRED]*k, and the last token of each
     enc_ids (N, T''), enc_at      <|begin|> CODE, and the last token of each
     """
     hidden = model(batch.ids)  # (B, T, C)
-    ntp_sum = ntp(model.head, hidden, batch.labels)
+    ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.pred_ids is None:  # lam = 0: no views at all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred = pick(model(batch.pred_ids), batch.pred_at)  # (N, C)
@@ -142,15 +143,22 @@ def dense_mask(segment: Tensor, parent: Tensor) -> Tensor:
     return visible(segment, parent)(b, 0, token[:, None], token)
 
 
-def fused(model: Callable, batch, distance: Callable = cosine) -> Losses:
+def flex_mask(segment: Tensor, parent: Tensor) -> BlockMask:
+    """The same rule for FlexAttention, which skips blocks of 128 x 128 that show nothing."""
+    B, T = segment.shape
+    return create_block_mask(visible(segment, parent), B, None, T, T, device=segment.device)
+
+
+def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable = dense_mask) -> Losses:
     """Both terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients.
 
-    ids, labels, positions, segment, parent (B, T); pred_at, enc_at (N,). Rows of one segment each (lam = 0,
-    one example a row) have segment None and are plainly causal.
+    ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
+    each (lam = 0, one example a row) have segment None and are plainly causal. masking: dense_mask or
+    flex_mask.
     """
-    mask = None if batch.segment is None else dense_mask(batch.segment, batch.parent)
+    mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
-    ntp_sum = ntp(model.head, hidden, batch.labels)
+    ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.pred_at is None:  # lam = 0: no views at all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred, enc = pick(hidden, batch.pred_at), pick(hidden, batch.enc_at)  # (N, C) each

@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from data import PUBLISHED, Dataset, Rendered, Sampler, Views, ahead, announce, 
 from data import fit_splits, load_dataset, loss_dropout
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, main_guard, read_json, write_text
-from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
+from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, three_pass, total_loss
 from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
 from published import sha256
 from runs import Metrics, git_commit, open_run, restore, save_state, trainable
@@ -100,6 +101,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = opt(
         "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
+    attention: Literal["auto", "dense", "flex"] = opt(
+        "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)")
     row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row")
     log_every: int = opt(10, "steps between two lines of metrics.jsonl")
     checkpoint_every: int = opt(0, "steps between two checkpoints; 0: an epoch")
@@ -174,7 +177,9 @@ def check(c: Config, given: set[str]) -> list[str]:
             problems.append("--distance infonce takes its negatives from the whole batch: it needs "
                             "--batch_size 2 or more, no --micro_batch and one process")
     if c.passes == "three":
-        inert(("row_len",), "with --passes three")
+        inert(("row_len", "attention"), "with --passes three")
+    if c.attention == "flex" and (pick_device(c.device).type != "cuda" or c.compile is False):
+        problems.append("--attention flex needs CUDA and --compile: it has no backward elsewhere")
     if c.dataset in PUBLISHED or c.eval_split == "valid":
         inert(("test_file",), "with --eval_split valid" if own else "with a published dataset")
     elif own and not c.test_file:
@@ -241,6 +246,11 @@ def native_bf16(device: torch.device) -> bool:
                                         for name in ("avx512_bf16", "amx_bf16"))
 
 
+def masking(c: Config, device: torch.device) -> Callable:
+    flex = device.type == "cuda" and c.compile is not False and c.row_len > 0
+    return flex_mask if c.attention == "flex" or c.attention == "auto" and flex else dense_mask
+
+
 NOTHING = Views(main=[0], labels=[-100], stem=[0], preds=[], enc=[0])
 
 
@@ -251,7 +261,7 @@ class Step(nn.Module):
     def __init__(self, model: Transformer, c: Config, dtype: str):
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.passes = three_pass if c.passes == "three" else fused
+        self.passes = three_pass if c.passes == "three" else partial(fused, masking=masking(c, model.device))
         self.distance = DISTANCES[c.distance]
         if c.distance == "infonce":
             self.distance = partial(self.distance, temperature=c.temperature)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from data import collate_fused, collate_three, render_views
-from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, fused, infonce, ntp, pick, rank_me
-from jepa_loss import three_pass, total_loss
+from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, flex_mask, fused, infonce, ntp, pick
+from jepa_loss import rank_me, three_pass, total_loss
 from tokenizer import FORMAT_TOKENS, Tokenizer
 
 
@@ -91,6 +91,20 @@ def test_no_views_is_plain_training(tiny, tokenizer, examples):
     assert_same(fast, losses_and_gradients(model, three_pass, collate_three(views, [False] * 5)))
     assert_same(fast, losses_and_gradients(model, fused, collate_fused(views, [False] * 5, 90)))
     assert fast[1] == 0
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_flex_attention_equals_the_dense_mask(tiny, tokenizer, examples, alpha):
+    """Packed rows, uncompiled; on a CPU FlexAttention has no backward (PyTorch 2.13), so values alone."""
+    model = tiny(2)
+    views = [render_views(e, tokenizer, 2) for e in examples]
+    batch = collate_fused(views, [not alpha or i not in (1, 3) for i in range(5)], 200)
+    with torch.inference_mode():
+        dense = model(batch.ids, batch.positions, dense_mask(batch.segment, batch.parent))
+        flex = model(batch.ids, batch.positions, flex_mask(batch.segment, batch.parent))
+        torch.testing.assert_close(flex, dense, atol=1e-6, rtol=1e-6)
+        a, b = (fused(model, batch, masking=masking) for masking in (dense_mask, flex_mask))
+    assert abs(a.ntp_sum - b.ntp_sum) < 1e-6 and abs(a.jepa_sum - b.jepa_sum) < 1e-6
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------
@@ -184,7 +198,8 @@ def test_ntp_equals_cross_entropy_over_all_positions(tiny, tokenizer, examples):
     hidden = model(batch.ids)
     theirs = F.cross_entropy(model.head(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100,
                              reduction="sum")
-    torch.testing.assert_close(ntp(model.head, hidden, batch.labels), theirs, atol=1e-10, rtol=0)
+    ours = ntp(model.head, hidden, batch.labels, batch.label_at)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
 def test_distances_by_hand():
