@@ -23,6 +23,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from queue import Full, Queue
 from threading import Event, Thread
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -275,8 +276,8 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
 
 def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
             **view_options) -> tuple[Examples, np.ndarray]:
-    """The examples whose sequences fit into max_seq_len tokens, and the length of main of each; a longer one
-    is BadInput, or dropped and counted (on_long="drop")."""
+    """The examples whose sequences fit into max_seq_len tokens, and (N, 3) of each: tokens of main, tokens of
+    its fused row, labels. A longer one is BadInput, or dropped and counted (on_long="drop")."""
     kept, lengths = array("q"), array("q")
     for i, example in enumerate(examples):
         try:
@@ -286,7 +287,8 @@ def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long:
         longest = max(len(views.main), len(views.stem) + len(views.preds), len(views.enc))
         if longest <= max_seq_len:
             kept.append(i)
-            lengths.append(len(views.main))
+            labels = sum(label != -100 for label in views.labels)
+            lengths.extend((len(views.main), len(lay_out(views).ids), labels))
         elif on_long == "error":
             raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
                            "shorten it or pass --on_long drop")
@@ -295,12 +297,12 @@ def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long:
                        f"model's context of {max_seq_len} tokens")
     if len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} examples: over {max_seq_len} tokens")
-    return examples[np.array(kept)], np.array(lengths)
+    return examples[np.array(kept)], np.array(lengths).reshape(-1, 3)
 
 
 def fit_splits(data: Dataset, *arguments, **options) -> np.ndarray:
     """`fitting` for train and test, in place: training and every later scoring see the same examples. Returns
-    the lengths of train's mains."""
+    what it returns of train."""
     data.train, lengths = fitting(data.train, *arguments, **options)
     data.test, _ = fitting(data.test, *arguments, **options)
     return lengths
@@ -358,6 +360,7 @@ class FusedBatch(Batch):
     parent: Tensor | None  # (B, T)
     pred_at: Tensor | None  # (N,); None: no views
     enc_at: Tensor | None  # (N,)
+    pair_weight: Tensor | None  # (N,) 1, or 0 where a pair only fills up a fixed shape; None: all are real
     n_tokens: int
     n_pairs: int
 
@@ -453,12 +456,28 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
     return rows
 
 
-def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> FusedBatch:
-    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: has example i views?"""
+class Shape(NamedTuple):
+    """What every batch is filled up to, so that a compiled step meets one shape only."""
+    rows: int
+    labels: int
+    pairs: int
+
+
+def filled(at: list[int] | Tensor, n: int, value: int) -> Tensor:
+    """at, and then value, up to n numbers."""
+    return torch.cat([torch.as_tensor(at, dtype=torch.long), torch.full((max(0, n - len(at)),), value)])
+
+
+def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
+                  shape: Shape | None = None) -> FusedBatch:
+    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: has example i views?
+    shape (with row_len): fill up to it with pads, labels of none and pairs of weight 0."""
     trees = [lay_out(views, kept) for views, kept in zip(examples, keep, strict=True)]
     lengths = [len(tree.ids) for tree in trees]
     rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
     B, T = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    if shape is not None:
+        B, T = max(B, shape.rows), max(T, row_len)
     ids, positions = np.zeros((2, B, T), dtype=np.int64)
     labels = np.full((B, T), -100)
     segment = np.tile(np.arange(T), (B, 1))  # a pad's is its column: n tokens have no segment above n - 1
@@ -479,10 +498,15 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> 
     tensors = [torch.from_numpy(x) for x in (ids, labels, positions, segment, parent)]
     if not row_len and not any(keep):
         tensors[3:] = None, None
-    at = [torch.tensor(x) if x else None for x in (pred_at, enc_at)]
     label_at = labelled(tensors[1])
-    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, n_tokens=len(label_at),
-                      n_pairs=len(examples))
+    n_tokens, weight = len(label_at), None
+    if shape is not None:
+        nothing = int((tensors[1].flatten() == -100).nonzero()[0])  # a position without a label
+        label_at = filled(label_at, shape.labels, nothing)
+        weight = filled([1] * len(pred_at), shape.pairs, 0).float()
+        pred_at, enc_at = filled(pred_at, shape.pairs, 0), filled(enc_at, shape.pairs, 0)
+    at = [torch.as_tensor(x) if len(x) else None for x in (pred_at, enc_at)]
+    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, weight, n_tokens, len(examples))
 
 
 class Sampler:

@@ -69,21 +69,21 @@ def pick(hidden: Tensor, at: Tensor) -> Tensor:
     return F.embedding(at, hidden.flatten(0, 1))
 
 
-# d(pred, enc), each (N, C) -> the sum over pairs. Gradients flow into both: no stop-gradient, no EMA teacher.
+# d(pred, enc), each (N, C) -> (N,). Gradients flow into both: no stop-gradient, no EMA teacher.
 
 def cosine(pred: Tensor, enc: Tensor) -> Tensor:
     """1 - cos(pred, enc): the paper's choice."""
-    return (1 - F.cosine_similarity(wide(pred), wide(enc), dim=-1)).sum()
+    return 1 - F.cosine_similarity(wide(pred), wide(enc), dim=-1)
 
 
 def l2(pred: Tensor, enc: Tensor) -> Tensor:
     """Euclidean length of pred - enc (the paper's ablation)."""
-    return torch.linalg.vector_norm(wide(pred) - wide(enc), dim=-1).sum()
+    return torch.linalg.vector_norm(wide(pred) - wide(enc), dim=-1)
 
 
 def mse(pred: Tensor, enc: Tensor) -> Tensor:
     """Mean over C of (pred - enc) squared (the paper's ablation)."""
-    return (wide(pred) - wide(enc)).pow(2).mean(-1).sum()
+    return (wide(pred) - wide(enc)).pow(2).mean(-1)
 
 
 def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
@@ -93,7 +93,7 @@ def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
     with torch.autocast(pred.device.type, enabled=False):  # which would multiply in bfloat16
         similarity = F.normalize(wide(pred), dim=-1) @ F.normalize(wide(enc), dim=-1).T  # (N, N)
     own = torch.arange(len(pred), device=pred.device)
-    return F.cross_entropy(similarity / temperature, own, reduction="sum")
+    return F.cross_entropy(similarity / temperature, own, reduction="none")
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
@@ -114,7 +114,7 @@ def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred = pick(model(batch.pred_ids), batch.pred_at)  # (N, C)
     enc = pick(model(batch.enc_ids), batch.enc_at)  # (N, C)
-    return Losses(ntp_sum, batch.n_tokens, distance(pred, enc), batch.n_pairs)
+    return Losses(ntp_sum, batch.n_tokens, distance(pred, enc).sum(), batch.n_pairs)
 
 
 # ---- fast: one pass over a row whose segments form a tree --------------------------------------------------
@@ -153,8 +153,8 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
     """Both terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients.
 
     ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
-    each (lam = 0, one example a row) have segment None and are plainly causal. masking: dense_mask or
-    flex_mask.
+    each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0
+    for pairs that only fill up a fixed shape. masking: dense_mask or flex_mask.
     """
     mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
@@ -162,7 +162,10 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
     if batch.pred_at is None:  # lam = 0: no views at all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred, enc = pick(hidden, batch.pred_at), pick(hidden, batch.enc_at)  # (N, C) each
-    return Losses(ntp_sum, batch.n_tokens, distance(pred, enc), batch.n_pairs)
+    distances = distance(pred, enc)  # (N,)
+    if batch.pair_weight is not None:
+        distances = distances * batch.pair_weight
+    return Losses(ntp_sum, batch.n_tokens, distances.sum(), batch.n_pairs)
 
 
 # ---- did the embeddings collapse? --------------------------------------------------------------------------

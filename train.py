@@ -30,8 +30,8 @@ from torch import nn
 from tqdm import tqdm
 
 import ranks
-from data import PUBLISHED, Dataset, Rendered, Sampler, Views, ahead, announce, collate_fused, collate_three
-from data import fit_splits, load_dataset, loss_dropout
+from data import PUBLISHED, Dataset, Rendered, Sampler, Shape, Views, ahead, announce, collate_fused
+from data import collate_three, fit_splits, load_dataset, loss_dropout, pack
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, three_pass, total_loss
@@ -101,6 +101,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = opt(
         "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
+    fixed_shapes: bool | None = opt(None, "fill packed rows up to one shape (default: on CUDA, with row_len)")
     attention: Literal["auto", "dense", "flex"] = opt(
         "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)")
     row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row")
@@ -177,7 +178,11 @@ def check(c: Config, given: set[str]) -> list[str]:
             problems.append("--distance infonce takes its negatives from the whole batch: it needs "
                             "--batch_size 2 or more, no --micro_batch and one process")
     if c.passes == "three":
-        inert(("row_len", "attention"), "with --passes three")
+        inert(("row_len", "attention", "fixed_shapes"), "with --passes three")
+    elif not c.row_len:
+        inert(("fixed_shapes",), "without --row_len")
+    if c.fixed_shapes and c.distance == "infonce":
+        problems.append("--fixed_shapes has pairs of weight 0, which --distance infonce would contrast with")
     if c.attention == "flex" and (pick_device(c.device).type != "cuda" or c.compile is False):
         problems.append("--attention flex needs CUDA and --compile: it has no backward elsewhere")
     if c.dataset in PUBLISHED or c.eval_split == "valid":
@@ -274,16 +279,34 @@ class Step(nn.Module):
         return losses
 
 
-def micro_batches(c: Config, train: Rendered, indices: list[int], step: int) -> list:
+def groups(c: Config, n: int) -> list[range]:
+    """Which of a step's n examples this rank takes in each of its micro-batches."""
+    mine = range(ranks.rank, n, ranks.world)
+    size = c.micro_batch or n
+    return [mine[start:start + size] for start in range(0, len(mine), size)]
+
+
+def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
+                  shape: Shape | None = None) -> list:
     """This rank's share of the step's examples, collated in groups of --micro_batch."""
     keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
-    indices, keep = indices[ranks.rank::ranks.world], keep[ranks.rank::ranks.world]
-    collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len)
-    if not len(indices):  # fewer examples than ranks: nothing to learn, but the others wait for a backward
+    collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
+    mine = groups(c, len(indices))
+    if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
         return [replace(collate([NOTHING], [False]), n_pairs=0)]
-    size = c.micro_batch or len(indices)
-    return [collate([train[i] for i in indices[start:start + size]], keep[start:start + size])
-            for start in range(0, len(indices), size)]
+    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
+
+
+def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:
+    """What the largest micro-batch of all steps needs, none of its views dropped; counts: data.fitting's."""
+    rows = labels = pairs = 1
+    for step in range(total):
+        indices = sampler.indices(step)
+        for group in groups(c, len(indices)):
+            main, fused_row, labelled = counts[indices[list(group)]].T.tolist()
+            rows = max(rows, len(pack(fused_row if c.lam else main, c.row_len)))
+            labels, pairs = max(labels, sum(labelled)), max(pairs, len(group))
+    return Shape(rows, labels, pairs if c.lam else 0)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -369,7 +392,7 @@ def train(c: Config) -> dict:
         announce(data)
         check_databases(data)
         model, tokenizer = make_model(c, data)
-        lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
+        counts = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
         dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
     if (folder / "eval.json").exists():
@@ -377,16 +400,20 @@ def train(c: Config) -> dict:
         return read_json(folder / "eval.json")
 
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    examples, sampler = Rendered(data.train, tokenizer, **options), Sampler(lengths, c.batch_size, c.seed)
+    examples = Rendered(data.train, tokenizer, **options)
+    sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
     every = c.checkpoint_every or sampler.steps_per_epoch
     optimizer, weights = make_optimizer(model, c), trainable(model)
     start, n_examples, n_tokens_seen, metrics_size = restore(folder, model, optimizer)
     metrics = Metrics(folder / "metrics.jsonl", metrics_size) if ranks.rank == 0 else None
     compiled = c.compile if c.compile is not None else device.type == "cuda"
+    fixed = c.row_len and c.distance != "infonce" and (
+        device.type == "cuda" if c.fixed_shapes is None else c.fixed_shapes)
+    shape = largest_shape(c, sampler, counts, total) if fixed else None
     step_losses = ranks.shared(Step(model, c, dtype), device)
     if compiled:
-        step_losses = torch.compile(step_losses, dynamic=True)
+        step_losses = torch.compile(step_losses, dynamic=shape is None)
     n_trained = sum(weight.numel() for weight in weights.values())
     print(f"{model.n_params():,} parameters{f' ({n_trained:,} trained)' if c.lora_rank else ''}, "
           f"{len(examples)} examples, {total} steps on {ranks.world} x {device} "
@@ -395,7 +422,8 @@ def train(c: Config) -> dict:
 
     bar = tqdm(range(start, total), initial=start, total=total, disable=ranks.rank > 0 or None, unit="step",
                dynamic_ncols=True)
-    collated = ahead(micro_batches(c, examples, sampler.indices(step), step) for step in range(start, total))
+    collated = ahead(micro_batches(c, examples, sampler.indices(step), step, shape)
+                     for step in range(start, total))
     clock, clock_tokens = time.perf_counter(), n_tokens_seen
     for step, batches in zip(bar, collated, strict=True):
         torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout

@@ -210,12 +210,15 @@ def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
     lengths = [len(render_views(e, tokenizer).main) for e in examples]
     longest, read = lengths[1], jsonl(tmp_path / "f.jsonl", PAIRS)
     assert longest == max(lengths)
-    kept, mains = fitting(read, tokenizer, longest)
-    assert len(kept) == 5 and mains.tolist() == lengths
+    kept, counts = fitting(read, tokenizer, longest)
+    assert len(kept) == 5 and counts[:, 0].tolist() == lengths
+    rows = [collate_fused([render_views(e, tokenizer)], [True]) for e in examples]
+    assert counts[:, 1].tolist() == [row.ids.shape[1] for row in rows]
+    assert counts[:, 2].tolist() == [row.n_tokens for row in rows]
     with pytest.raises(BadInput, match=f"f.jsonl:2: {longest} tokens.*--on_long drop"):
         fitting(read, tokenizer, longest - 1)
-    kept, mains = fitting(read, tokenizer, longest - 1, "drop")
-    assert [e.where.rpartition(":")[2] for e in kept] == ["1", "3", "4", "5"] and len(mains) == 4
+    kept, counts = fitting(read, tokenizer, longest - 1, "drop")
+    assert [e.where.rpartition(":")[2] for e in kept] == ["1", "3", "4", "5"] and len(counts) == 4
     assert "dropped 1 of 5" in capsys.readouterr().out
     with pytest.raises(BadInput, match=r"tokens, but the model's context is"):  # a view can be the longest
         fitting(jsonl(tmp_path / "g.jsonl", [("ab", "x")]), BYTES, 20, k=30)
