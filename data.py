@@ -14,10 +14,16 @@ Letters: B rows, T tokens in a row, V vocabulary, k predictor tokens, N pairs.
 import argparse
 import hashlib
 import json
+import os
 import sys
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,31 +48,60 @@ class Example:
     text_only: bool = False  # code is no continuation of text, just its other view (paraphrase)
 
 
+class Examples(Sequence):
+    """The examples of a file, read when they are asked for: of a million lines 24 bytes each are kept.
+
+    at (N, 3): where each line begins in the file, its length in bytes, its number for messages.
+    """
+
+    def __init__(self, path: Path, at: np.ndarray, text_only: bool = False):
+        self.path, self.at, self.text_only = path, at, text_only
+        self.file = open(path, "rb")
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, i: int | slice | np.ndarray):
+        if not isinstance(i, (int, np.integer)):
+            return Examples(self.path, self.at[i], self.text_only)
+        start, length, number = self.at[i].tolist()
+        line = os.pread(self.file.fileno(), length, start)  # has no position: any thread may read
+        return replace(read_line(line, f"{self.path}:{number}"), text_only=self.text_only)
+
+
 @dataclass
 class Dataset:
     name: str
-    train: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    test: Sequence[Example]
     source: str  # published | generated | file
     files: dict[str, str]  # path -> sha256
     folder: Path = Path("data")  # where published files are
 
+    @cached_property
+    def seen(self) -> set[tuple[str, str]]:
+        """The test pairs that stand in train, too."""
+        test = {(e.text, e.code) for e in self.test}
+        return {pair for e in self.train if (pair := (e.text, e.code)) in test}
 
-def read_jsonl(path: str | Path) -> list[Example]:
+
+def read_jsonl(path: str | Path) -> Examples:
     """The examples of a JSONL file: `{"text": ..., "code": ...}` or `{"messages": [...]}` lines, where the
-    user's message is the text and the assistant's the code. BadInput names file and line."""
-    path = Path(path)
-    examples = []
+    user's message is the text and the assistant's the code. Every line is checked; BadInput names file and
+    line."""
+    path, at, start = Path(path), array("q"), 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    examples.append(read_line(line, f"{path}:{number}"))
+                    read_line(line, f"{path}:{number}")
+                    at.extend((start, len(line), number))
+                start += len(line)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    if not examples:
+    if not at:
         raise BadInput(f"{path}: holds no example")
-    return examples
+    return Examples(path, np.array(at).reshape(-1, 3))
 
 
 def read_line(line: bytes, where: str) -> Example:
@@ -167,8 +202,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
         if wanted > len(examples):
             raise BadInput(f"--{flag} {wanted}: {name} has only {len(examples)} {split} examples")
     train, test = train[:n_train or None], test[:n_test or None]
-    if name == "paraphrase":
-        train, test = ([replace(example, text_only=True) for example in split] for split in (train, test))
+    train.text_only = test.text_only = name == "paraphrase"
     return Dataset(name, train, test, source, files, Path(data_dir))
 
 
@@ -240,19 +274,21 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
     return Views(main, labels, openings[0] + views[0], preds, enc)
 
 
-def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
-            **view_options) -> list[Example]:
-    """The examples whose sequences fit into max_seq_len tokens; a longer one is BadInput, or dropped and
-    counted (on_long="drop")."""
-    kept = []
-    for example in examples:
+def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
+            **view_options) -> tuple[Examples, np.ndarray]:
+    """The examples whose sequences fit into max_seq_len tokens, and (N, 3) of each: tokens of main, tokens of
+    its fused row, labels. A longer one is BadInput, or dropped and counted (on_long="drop")."""
+    kept, lengths = array("q"), array("q")
+    for i, example in enumerate(examples):
         try:
             views = render_views(example, tokenizer, **view_options)
         except BadInput as error:
             raise BadInput(f"{example.where}: {error}") from None
         longest = max(len(views.main), len(views.stem) + len(views.preds), len(views.enc))
         if longest <= max_seq_len:
-            kept.append(example)
+            kept.append(i)
+            labels = sum(label != -100 for label in views.labels)
+            lengths.extend((len(views.main), len(lay_out(views).ids), labels))
         elif on_long == "error":
             raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
                            "shorten it or pass --on_long drop")
@@ -261,21 +297,42 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, on_
                        f"model's context of {max_seq_len} tokens")
     if len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} examples: over {max_seq_len} tokens")
-    return kept
+    return examples[np.array(kept)], np.array(lengths).reshape(-1, 3)
 
 
-def fit_splits(data: Dataset, *arguments, **options) -> None:
-    """`fitting` for train and test, in place: training and every later scoring see the same examples."""
-    data.train, data.test = (fitting(split, *arguments, **options) for split in (data.train, data.test))
+def fit_splits(data: Dataset, *arguments, **options) -> np.ndarray:
+    """`fitting` for train and test, in place: training and every later scoring see the same examples. Returns
+    what it returns of train."""
+    data.train, lengths = fitting(data.train, *arguments, **options)
+    data.test, _ = fitting(data.test, *arguments, **options)
+    return lengths
+
+
+class Rendered:
+    """Views of the examples, by number, rendered when they are asked for; the last few thousand are kept."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, **view_options):
+        def render(i: int) -> Views:
+            return render_views(examples[i], tokenizer, **view_options)
+        self.n, self.render = len(examples), lru_cache(maxsize=10_000)(render)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Views:
+        return self.render(int(i))
 
 
 # ---- many examples: batches --------------------------------------------------------------------------------
 
 class Batch:
     def to(self, device: torch.device):
-        """The same batch with its tensors on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+        """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting."""
+        def move(x):
+            if not isinstance(x, Tensor):
+                return x
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass
@@ -283,6 +340,7 @@ class ThreePassBatch(Batch):
     """Three plain batches; the *_at are flat: row * T + column of the last token of each view."""
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
+    label_at: Tensor  # (M,) where labels is not -100, flat
     pred_ids: Tensor | None  # (N, T'); None: no views
     pred_at: Tensor | None  # (N,)
     enc_ids: Tensor | None  # (N, T'')
@@ -296,11 +354,13 @@ class FusedBatch(Batch):
     """Rows of segments, see jepa_loss.py; the *_at are flat: row * T + column."""
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
+    label_at: Tensor  # (M,) where labels is not -100, flat
     positions: Tensor  # (B, T)
     segment: Tensor | None  # (B, T), unique numbers in a row; None: every row is one segment and its pads
     parent: Tensor | None  # (B, T)
     pred_at: Tensor | None  # (N,); None: no views
     enc_at: Tensor | None  # (N,)
+    pair_weight: Tensor | None  # (N,) 1, or 0 where a pair only fills up a fixed shape; None: all are real
     n_tokens: int
     n_pairs: int
 
@@ -313,8 +373,9 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def count_labels(labels: Tensor) -> int:
-    return int((labels != -100).sum())
+def labelled(labels: Tensor) -> Tensor:
+    """(B, T) -> (M,): the flat positions that have a label."""
+    return (labels.flatten() != -100).nonzero().squeeze(1)
 
 
 def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
@@ -327,8 +388,9 @@ def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
         ids = pad(rows, 0) if rows else None
         last = [b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]
         views += [ids, torch.tensor(last) if rows else None]
-    return ThreePassBatch(pad([v.main for v in examples], 0), labels, *views,
-                          n_tokens=count_labels(labels), n_pairs=len(examples))
+    label_at = labelled(labels)
+    return ThreePassBatch(pad([v.main for v in examples], 0), labels, label_at, *views,
+                          n_tokens=len(label_at), n_pairs=len(examples))
 
 
 @dataclass
@@ -394,12 +456,28 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
     return rows
 
 
-def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> FusedBatch:
-    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: has example i views?"""
+class Shape(NamedTuple):
+    """What every batch is filled up to, so that a compiled step meets one shape only."""
+    rows: int
+    labels: int
+    pairs: int
+
+
+def filled(at: list[int] | Tensor, n: int, value: int) -> Tensor:
+    """at, and then value, up to n numbers."""
+    return torch.cat([torch.as_tensor(at, dtype=torch.long), torch.full((max(0, n - len(at)),), value)])
+
+
+def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
+                  shape: Shape | None = None) -> FusedBatch:
+    """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: has example i views?
+    shape (with row_len): fill up to it with pads, labels of none and pairs of weight 0."""
     trees = [lay_out(views, kept) for views, kept in zip(examples, keep, strict=True)]
     lengths = [len(tree.ids) for tree in trees]
     rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
     B, T = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    if shape is not None:
+        B, T = max(B, shape.rows), max(T, row_len)
     ids, positions = np.zeros((2, B, T), dtype=np.int64)
     labels = np.full((B, T), -100)
     segment = np.tile(np.arange(T), (B, 1))  # a pad's is its column: n tokens have no segment above n - 1
@@ -420,15 +498,22 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0) -> 
     tensors = [torch.from_numpy(x) for x in (ids, labels, positions, segment, parent)]
     if not row_len and not any(keep):
         tensors[3:] = None, None
-    at = [torch.tensor(x) if x else None for x in (pred_at, enc_at)]
-    return FusedBatch(*tensors, *at, n_tokens=count_labels(tensors[1]), n_pairs=len(examples))
+    label_at = labelled(tensors[1])
+    n_tokens, weight = len(label_at), None
+    if shape is not None:
+        nothing = int((tensors[1].flatten() == -100).nonzero()[0])  # a position without a label
+        label_at = filled(label_at, shape.labels, nothing)
+        weight = filled([1] * len(pred_at), shape.pairs, 0).float()
+        pred_at, enc_at = filled(pred_at, shape.pairs, 0), filled(enc_at, shape.pairs, 0)
+    at = [torch.as_tensor(x) if len(x) else None for x in (pred_at, enc_at)]
+    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, weight, n_tokens, len(examples))
 
 
 class Sampler:
     """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
     batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
         self.steps_per_epoch = -(-len(lengths) // batch_size)
         self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
@@ -455,6 +540,42 @@ def loss_dropout(n: int, alpha: float, seed: int, step: int) -> list[bool]:
     others do (the paper's LD, but per example and not per batch). The generator belongs to (seed, step)
     alone."""
     return (np.random.default_rng([seed, step, 1]).random(n) >= alpha).tolist()
+
+
+def ahead(items: Iterator, n: int = 2) -> Iterator:
+    """The same items, made by a thread of their own up to n of them ahead of the one that is taken."""
+    made, stop, end = Queue(n), Event(), object()
+
+    def offer(item) -> None:
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in items:
+                offer((item, None))
+                if stop.is_set():
+                    return
+            offer((end, None))
+        except BaseException as error:  # goes up where the item would have been taken
+            offer((end, error))
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
 
 
 # ---- a look at it ------------------------------------------------------------------------------------------
@@ -514,7 +635,7 @@ def main() -> None:
     if args.init_from:
         tokenizer = Tokenizer.load(args.init_from, format=args.format)
     else:
-        texts = [text for e in train for text in (e.text, e.code)]
+        texts = (text for e in train for text in (e.text, e.code))
         tokenizer = Tokenizer(train_bpe(texts, args.vocab_size or 512), format=args.format)
     views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first,
                          args.reverse)

@@ -21,7 +21,7 @@ Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,8 +119,8 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int,
 
 def score(examples: list[Example], answers: list[str], stopped: list[bool], seen: set[tuple[str, str]],
           scorer: tuple[str, Callable] | None = None) -> dict:
-    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the training pairs,
-    scorer is of scores.scorer_of."""
+    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the pairs that
+    stand in train, scorer is of scores.scorer_of."""
     n = len(examples)
     pairs = list(zip(examples, answers, strict=True))
     exact = [answer == e.code for e, answer in pairs]
@@ -159,7 +159,8 @@ def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     for start in range(0, len(views), chunk):
         part = views[start:start + chunk]
         batch = collate_three(part, [False] * len(part)).to(model.device)
-        total, n = total + ntp(model.head, model(batch.ids), batch.labels).item(), n + batch.n_tokens
+        total += ntp(model.head, model(batch.ids), batch.labels, batch.label_at).item()
+        n += batch.n_tokens
     return total / n
 
 
@@ -180,14 +181,13 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
     """Scores and collapse report on the first n test examples (None: all), and the answers."""
     began, training = time.perf_counter(), model.training
     model.eval()
-    test, answers = data.test[:n], []
+    test, answers = list(data.test[:n]), []
     if test[0].text_only:
         result = {"ntp": mean_ntp(model, tokenizer, test, **view_options)}
     else:
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
-        seen = {(e.text, e.code) for e in data.train}
-        result = score(test, answers, stopped, seen, scorer_of(data.name, data.folder))
+        result = score(test, answers, stopped, data.seen, scorer_of(data.name, data.folder))
     sample = test[:512]
     if len(sample) > 1:
         targets = [e.text_view or e.text if view_options["reverse"] else e.code_view or e.code
@@ -198,7 +198,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
                      "dataset": data.name, "source": data.source}, answers
 
 
-def default_max_new_tokens(tokenizer: Tokenizer, train: list[Example]) -> int:
+def default_max_new_tokens(tokenizer: Tokenizer, train: Sequence[Example]) -> int:
     """1.5 times the longest training answer."""
     return math.ceil(1.5 * max(len(tokenizer.encode(e.code)) for e in train))
 
@@ -303,7 +303,7 @@ def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "data", t
         "k": 0, "ntp_on": "all", "train_eos": True, "pred_first": False, "reverse": False, "format": "auto"}
     options = {name: c[name] for name in VIEW_OPTIONS}
     model, tokenizer = load_model(folder, device, format or c["format"])
-    data.test = fitting(data.test, tokenizer, model.config.max_seq_len, on_long, **options)
+    data.test, _ = fitting(data.test, tokenizer, model.config.max_seq_len, on_long, **options)
     limit = max_new_tokens or default_max_new_tokens(tokenizer, data.train)
     return evaluate(model, tokenizer, data, options, limit)[0]
 

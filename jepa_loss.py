@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 class Losses(NamedTuple):
@@ -49,15 +50,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def ntp(head: Callable, hidden: Tensor, labels: Tensor) -> Tensor:
+def ntp(head: Callable, hidden: Tensor, labels: Tensor, label_at: Tensor) -> Tensor:
     """Sum of -log p(label) in float32 at least, over the positions that have one.
 
     hidden (B, T, C); labels (B, T): the id that this very position must predict (already shifted), -100 for
-    none. Only those positions go through the head.
+    none; label_at (M,): where the others are, counted over all B * T positions, so that an accelerator need
+    not search and stop. Only these go through the head.
     """
-    at = (labels.flatten() != -100).nonzero().squeeze(1)  # (M,)
-    logits = wide(head(pick(hidden, at)))  # (M, V)
-    return F.cross_entropy(logits, labels.flatten()[at], reduction="sum")
+    logits = wide(head(pick(hidden, label_at)))  # (M, V)
+    return F.cross_entropy(logits, labels.flatten()[label_at], reduction="sum")
 
 
 def pick(hidden: Tensor, at: Tensor) -> Tensor:
@@ -68,21 +69,21 @@ def pick(hidden: Tensor, at: Tensor) -> Tensor:
     return F.embedding(at, hidden.flatten(0, 1))
 
 
-# d(pred, enc), each (N, C) -> the sum over pairs. Gradients flow into both: no stop-gradient, no EMA teacher.
+# d(pred, enc), each (N, C) -> (N,). Gradients flow into both: no stop-gradient, no EMA teacher.
 
 def cosine(pred: Tensor, enc: Tensor) -> Tensor:
     """1 - cos(pred, enc): the paper's choice."""
-    return (1 - F.cosine_similarity(wide(pred), wide(enc), dim=-1)).sum()
+    return 1 - F.cosine_similarity(wide(pred), wide(enc), dim=-1)
 
 
 def l2(pred: Tensor, enc: Tensor) -> Tensor:
     """Euclidean length of pred - enc (the paper's ablation)."""
-    return torch.linalg.vector_norm(wide(pred) - wide(enc), dim=-1).sum()
+    return torch.linalg.vector_norm(wide(pred) - wide(enc), dim=-1)
 
 
 def mse(pred: Tensor, enc: Tensor) -> Tensor:
     """Mean over C of (pred - enc) squared (the paper's ablation)."""
-    return (wide(pred) - wide(enc)).pow(2).mean(-1).sum()
+    return (wide(pred) - wide(enc)).pow(2).mean(-1)
 
 
 def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
@@ -92,7 +93,7 @@ def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
     with torch.autocast(pred.device.type, enabled=False):  # which would multiply in bfloat16
         similarity = F.normalize(wide(pred), dim=-1) @ F.normalize(wide(enc), dim=-1).T  # (N, N)
     own = torch.arange(len(pred), device=pred.device)
-    return F.cross_entropy(similarity / temperature, own, reduction="sum")
+    return F.cross_entropy(similarity / temperature, own, reduction="none")
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
@@ -103,17 +104,17 @@ DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
 def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
     """Both terms from three causal, right-padded batches (data.ThreePassBatch).
 
-    ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>
+    ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>; label_at: see ntp
     pred_ids (N, T'), pred_at     <|begin|> TEXT [PRED]*k, and the last token of each
     enc_ids (N, T''), enc_at      <|begin|> CODE, and the last token of each
     """
     hidden = model(batch.ids)  # (B, T, C)
-    ntp_sum = ntp(model.head, hidden, batch.labels)
+    ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.pred_ids is None:  # lam = 0: no views at all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred = pick(model(batch.pred_ids), batch.pred_at)  # (N, C)
     enc = pick(model(batch.enc_ids), batch.enc_at)  # (N, C)
-    return Losses(ntp_sum, batch.n_tokens, distance(pred, enc), batch.n_pairs)
+    return Losses(ntp_sum, batch.n_tokens, distance(pred, enc).sum(), batch.n_pairs)
 
 
 # ---- fast: one pass over a row whose segments form a tree --------------------------------------------------
@@ -142,19 +143,29 @@ def dense_mask(segment: Tensor, parent: Tensor) -> Tensor:
     return visible(segment, parent)(b, 0, token[:, None], token)
 
 
-def fused(model: Callable, batch, distance: Callable = cosine) -> Losses:
+def flex_mask(segment: Tensor, parent: Tensor) -> BlockMask:
+    """The same rule for FlexAttention, which skips blocks of 128 x 128 that show nothing."""
+    B, T = segment.shape
+    return create_block_mask(visible(segment, parent), B, None, T, T, device=segment.device)
+
+
+def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable = dense_mask) -> Losses:
     """Both terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients.
 
-    ids, labels, positions, segment, parent (B, T); pred_at, enc_at (N,). Rows of one segment each (lam = 0,
-    one example a row) have segment None and are plainly causal.
+    ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
+    each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0
+    for pairs that only fill up a fixed shape. masking: dense_mask or flex_mask.
     """
-    mask = None if batch.segment is None else dense_mask(batch.segment, batch.parent)
+    mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
-    ntp_sum = ntp(model.head, hidden, batch.labels)
+    ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.pred_at is None:  # lam = 0: no views at all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred, enc = pick(hidden, batch.pred_at), pick(hidden, batch.enc_at)  # (N, C) each
-    return Losses(ntp_sum, batch.n_tokens, distance(pred, enc), batch.n_pairs)
+    distances = distance(pred, enc)  # (N,)
+    if batch.pair_weight is not None:
+        distances = distances * batch.pair_weight
+    return Losses(ntp_sum, batch.n_tokens, distances.sum(), batch.n_pairs)
 
 
 # ---- did the embeddings collapse? --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from checkpoint import hf_name, load_tensor, read_config, save_tensors, tensor_files, write_config
 from files import BadInput
@@ -122,12 +123,14 @@ def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     return scores.softmax(dim=-1).to(v.dtype) @ v  # (B, H, T, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """The same, by PyTorch's kernels, which never hold (T, S) scores. But on a CPU their bfloat16 backward
     takes three times as long as the five lines above (PyTorch 2.13), at the few dozen tokens of our rows."""
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_by_hand(q, k, v, mask)
-    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -286,7 +289,7 @@ class Transformer(nn.Module):
 
         ids        (B, T) token ids; ids V .. V+k-1 are predictor tokens
         positions  (B, T) rotary positions; None: 0 .. T-1 in every row
-        mask       (B, 1, T, S) boolean, True where query i sees key j; None: causal
+        mask       (B, 1, T, S) boolean, True where query i sees key j, or such a BlockMask; None: causal
         cache      holds S - T earlier tokens and takes these T; it wants positions and a mask
         """
         if cache is not None and (mask is None or positions is None):

@@ -11,7 +11,7 @@ import base64
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +42,7 @@ def merge(ids: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, .
     return tuple(merged)
 
 
-def train_bpe(texts: list[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
     """Byte-level BPE: from 256 bytes, again and again the most frequent neighbours inside a piece become one
     token.
 

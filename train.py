@@ -18,7 +18,8 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -28,11 +29,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLISHED, Dataset, Sampler, Views, collate_fused, collate_three
-from data import announce, fit_splits, load_dataset, loss_dropout, render_views
+import ranks
+from data import PUBLISHED, Dataset, Rendered, Sampler, Shape, Views, ahead, announce, collate_fused
+from data import collate_three, fit_splits, load_dataset, loss_dropout, pack
 from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
 from files import BadInput, Parser, main_guard, read_json, write_text
-from jepa_loss import DISTANCES, Losses, fused, three_pass, total_loss
+from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, three_pass, total_loss
 from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
 from published import sha256
 from runs import Metrics, git_commit, open_run, restore, save_state, trainable
@@ -99,6 +101,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = opt(
         "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
+    fixed_shapes: bool | None = opt(None, "fill packed rows up to one shape (default: on CUDA, with row_len)")
+    attention: Literal["auto", "dense", "flex"] = opt(
+        "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)")
     row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row")
     log_every: int = opt(10, "steps between two lines of metrics.jsonl")
     checkpoint_every: int = opt(0, "steps between two checkpoints; 0: an epoch")
@@ -169,11 +174,17 @@ def check(c: Config, given: set[str]) -> list[str]:
             inert(("pred_first",), "with --k 0")
         if c.distance != "infonce":
             inert(("temperature",), "without --distance infonce")
-        elif c.micro_batch or c.batch_size == 1:
-            problems.append("--distance infonce takes its negatives from the whole batch: "
-                            "it needs --batch_size 2 or more and no --micro_batch")
+        elif c.micro_batch or c.batch_size == 1 or ranks.world > 1:
+            problems.append("--distance infonce takes its negatives from the whole batch: it needs "
+                            "--batch_size 2 or more, no --micro_batch and one process")
     if c.passes == "three":
-        inert(("row_len",), "with --passes three")
+        inert(("row_len", "attention", "fixed_shapes"), "with --passes three")
+    elif not c.row_len:
+        inert(("fixed_shapes",), "without --row_len")
+    if c.fixed_shapes and c.distance == "infonce":
+        problems.append("--fixed_shapes has pairs of weight 0, which --distance infonce would contrast with")
+    if c.attention == "flex" and (pick_device(c.device).type != "cuda" or c.compile is False):
+        problems.append("--attention flex needs CUDA and --compile: it has no backward elsewhere")
     if c.dataset in PUBLISHED or c.eval_split == "valid":
         inert(("test_file",), "with --eval_split valid" if own else "with a published dataset")
     elif own and not c.test_file:
@@ -240,6 +251,14 @@ def native_bf16(device: torch.device) -> bool:
                                         for name in ("avx512_bf16", "amx_bf16"))
 
 
+def masking(c: Config, device: torch.device) -> Callable:
+    flex = device.type == "cuda" and c.compile is not False and c.row_len > 0
+    return flex_mask if c.attention == "flex" or c.attention == "auto" and flex else dense_mask
+
+
+NOTHING = Views(main=[0], labels=[-100], stem=[0], preds=[], enc=[0])
+
+
 class Step(nn.Module):
     """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it
     would keep stale bfloat16 copies of the weights."""
@@ -247,23 +266,47 @@ class Step(nn.Module):
     def __init__(self, model: Transformer, c: Config, dtype: str):
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.passes = three_pass if c.passes == "three" else fused
+        self.passes = three_pass if c.passes == "three" else partial(fused, masking=masking(c, model.device))
         self.distance = DISTANCES[c.distance]
         if c.distance == "infonce":
             self.distance = partial(self.distance, temperature=c.temperature)
 
     def forward(self, batch) -> Losses:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self.passes(self.model, batch, self.distance)
+            losses = self.passes(self.model, batch, self.distance)
+        if batch.pred_at is None and self.model.pred_embedding is not None:  # other ranks may have views
+            losses = losses._replace(jepa_sum=losses.jepa_sum + 0 * self.model.pred_embedding.sum())
+        return losses
 
 
-def micro_batches(c: Config, train: list[Views], indices: list[int], step: int) -> list:
-    """The step's examples, collated in groups of --micro_batch."""
+def groups(c: Config, n: int) -> list[range]:
+    """Which of a step's n examples this rank takes in each of its micro-batches."""
+    mine = range(ranks.rank, n, ranks.world)
+    size = c.micro_batch or n
+    return [mine[start:start + size] for start in range(0, len(mine), size)]
+
+
+def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
+                  shape: Shape | None = None) -> list:
+    """This rank's share of the step's examples, collated in groups of --micro_batch."""
     keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
-    collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len)
-    size = c.micro_batch or len(indices)
-    return [collate([train[i] for i in indices[start:start + size]], keep[start:start + size])
-            for start in range(0, len(indices), size)]
+    collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
+    mine = groups(c, len(indices))
+    if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
+        return [replace(collate([NOTHING], [False]), n_pairs=0)]
+    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
+
+
+def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:
+    """What the largest micro-batch of all steps needs, none of its views dropped; counts: data.fitting's."""
+    rows = labels = pairs = 1
+    for step in range(total):
+        indices = sampler.indices(step)
+        for group in groups(c, len(indices)):
+            main, fused_row, labelled = counts[indices[list(group)]].T.tolist()
+            rows = max(rows, len(pack(fused_row if c.lam else main, c.row_len)))
+            labels, pairs = max(labels, sum(labelled)), max(pairs, len(group))
+    return Shape(rows, labels, pairs if c.lam else 0)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -292,7 +335,7 @@ def lr_at(step: int, total: int, c: Config) -> float:
 def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     """New weights and a tokenizer of the train split's own, or both from --init_from."""
     if not c.init_from:
-        texts = [text for e in data.train for text in (e.text, e.code)]
+        texts = (text for e in data.train for text in (e.text, e.code))
         tokenizer = Tokenizer(train_bpe(texts, c.vocab_size))
         return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
     if not Path(c.init_from).is_dir():
@@ -306,6 +349,11 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     if c.lora_rank:
         model.add_lora(c.lora_rank, c.lora_dropout, c.seed)
     return model, tokenizer
+
+
+def view_options(c: Config) -> dict:
+    """What data.render_views takes."""
+    return {name: getattr(c, name) for name in VIEW_OPTIONS}
 
 
 def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
@@ -328,7 +376,7 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
     tokenizer.save(folder)
     result, answers = evaluate(model, tokenizer, data, options, limit)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
-    for example, answer in zip(data.test[:5], answers[:5], strict=False):  # paraphrase has no answers
+    for example, answer in zip(data.test, answers[:5], strict=False):  # paraphrase has no answers
         print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
             "" if answer == example.code else "   <- differs"))
     return result
@@ -337,50 +385,57 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def train(c: Config) -> dict:
-    """Train, or go on training, and score; returns what eval.json holds."""
-    data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
-    announce(data)
-    check_databases(data)
-    device, folder = pick_device(c.device), Path(c.out)
-    model, tokenizer = make_model(c, data)
-    options = {name: getattr(c, name) for name in VIEW_OPTIONS}
-    fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
-    limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-    dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
+    """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
+    device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
+    with ranks.zero_first():
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
+        announce(data)
+        check_databases(data)
+        model, tokenizer = make_model(c, data)
+        counts = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
+        limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+        dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
     if (folder / "eval.json").exists():
         print(f"{folder}: finished before")
         return read_json(folder / "eval.json")
 
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    examples = [render_views(example, tokenizer, **options) for example in data.train]
-    sampler = Sampler([len(views.main) for views in examples], c.batch_size, c.seed)
+    examples = Rendered(data.train, tokenizer, **options)
+    sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
     every = c.checkpoint_every or sampler.steps_per_epoch
-    optimizer = make_optimizer(model, c)
+    optimizer, weights = make_optimizer(model, c), trainable(model)
     start, n_examples, n_tokens_seen, metrics_size = restore(folder, model, optimizer)
-    metrics = Metrics(folder / "metrics.jsonl", metrics_size)
+    metrics = Metrics(folder / "metrics.jsonl", metrics_size) if ranks.rank == 0 else None
     compiled = c.compile if c.compile is not None else device.type == "cuda"
-    step_losses = Step(model, c, dtype)
+    fixed = c.row_len and c.distance != "infonce" and (
+        device.type == "cuda" if c.fixed_shapes is None else c.fixed_shapes)
+    shape = largest_shape(c, sampler, counts, total) if fixed else None
+    step_losses = ranks.shared(Step(model, c, dtype), device)
     if compiled:
-        step_losses = torch.compile(step_losses, dynamic=True)
-    weights = trainable(model)
+        step_losses = torch.compile(step_losses, dynamic=shape is None)
     n_trained = sum(weight.numel() for weight in weights.values())
     print(f"{model.n_params():,} parameters{f' ({n_trained:,} trained)' if c.lora_rank else ''}, "
-          f"{len(examples)} examples, {total} steps on {device} in {dtype}{', compiled' if compiled else ''}"
-          f"; run folder {folder}{f', from step {start}' if start else ''}", flush=True)
+          f"{len(examples)} examples, {total} steps on {ranks.world} x {device} "
+          f"in {dtype}{', compiled' if compiled else ''}; run folder {folder}"
+          f"{f', from step {start}' if start else ''}", flush=True)
 
-    bar = tqdm(range(start, total), initial=start, total=total, disable=None, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(start, total), initial=start, total=total, disable=ranks.rank > 0 or None, unit="step",
+               dynamic_ncols=True)
+    collated = ahead(micro_batches(c, examples, sampler.indices(step), step, shape)
+                     for step in range(start, total))
     clock, clock_tokens = time.perf_counter(), n_tokens_seen
-    for step in bar:
-        torch.manual_seed(step_seed(c.seed, step))  # of the adapters' dropout
-        batches = micro_batches(c, examples, sampler.indices(step), step)
-        n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
+    for step, batches in zip(bar, collated, strict=True):
+        torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
+        n_tokens, n_pairs = ranks.counts(sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches))
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, c)
         ntp = jepa = 0.0
         for batch in batches:
-            losses = step_losses(batch.to(device))
-            total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
+            with ranks.unshared(step_losses, batch is batches[-1]):
+                losses = step_losses(batch.to(device))
+                # the ranks' gradients will be averaged, and are to be summed
+                (ranks.world * total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma)).backward()
             ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs
         grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
         optimizer.step()
@@ -390,30 +445,36 @@ def train(c: Config) -> dict:
         where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples,
                  "tokens": n_tokens_seen}
         if done % c.log_every == 0 or done % every == 0 or done == total:
-            ntp, jepa, now = float(ntp), float(jepa), time.perf_counter()  # waits for the device
+            ntp, jepa = ranks.total(torch.stack([ntp, jepa])).tolist()  # waits for the device
             if not math.isfinite(ntp + jepa + float(grad_norm)):
                 raise BadInput(f"step {done}: the loss is {ntp} + {c.lam} * {jepa}, the gradient's norm "
                                f"{float(grad_norm)}; the last checkpoint is kept; try a lower --lr")
-            metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
-                                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
-                                   "tokens_per_s": round((n_tokens_seen - clock_tokens) / (now - clock))})
+            now = time.perf_counter()
+            speed = round((n_tokens_seen - clock_tokens) / (now - clock))
             clock, clock_tokens = now, n_tokens_seen
             bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
-        if done % sampler.steps_per_epoch == 0 and done < total:
+            if ranks.rank == 0:
+                metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
+                                       "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
+                                       "tokens_per_s": speed})
+        if ranks.rank == 0 and done % sampler.steps_per_epoch == 0 and done < total:
             look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
             metrics.write(where | {"look": look})
             clock += look["seconds"]
             tqdm.write(f"epoch {where['epoch']:.0f}, {look['n']} {c.eval_split} items: {brief(look)}")
-        if done % every == 0 or done == total:
+        if ranks.rank == 0 and (done % every == 0 or done == total):
             save_state(folder, {"model": weights, "optimizer": optimizer.state_dict(),
                                 "step": done, "examples": n_examples, "tokens": n_tokens_seen,
                                 "metrics_size": metrics.size()})
-    return finish(folder, model, tokenizer, data, options, limit)
+    return finish(folder, model, tokenizer, data, options, limit) if ranks.rank == 0 else {}
 
 
 def main() -> None:
     c = parse_config()
     result = train(c)
+    ranks.leave()
+    if ranks.rank:
+        return
     print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
     print(table({c.out: result}))
 

@@ -1,4 +1,5 @@
 """Shared by the tests: the project's root on the path, where the published data may be, and a tiny model."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-from data import Example  # noqa: E402
+from data import Example, read_jsonl  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 import tokenizer as tokenizer_module  # noqa: E402
 from tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
@@ -31,6 +32,23 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def examples() -> list[Example]:
     return [Example(text, code) for text, code in PAIRS]
+
+
+def jsonl(path, pairs):
+    """A file of these pairs, read again."""
+    path.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
+    return read_jsonl(path)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Files of 80 and 12 pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"}
+            for i in range(92)]
+    for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
 
 
 @pytest.fixture

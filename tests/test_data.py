@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, ROOT, SHARED_DATA
+from conftest import PAIRS, ROOT, SHARED_DATA, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -169,7 +169,7 @@ def test_jsonl_in_both_forms(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "t", "code": "c"}\n\n{"messages": [{"role": "system", "content": "s"}, '
                     '{"role": "user", "content": "tü"}, {"role": "assistant", "content": "d"}]}\n')
-    assert read_jsonl(path) == [Example("t", "c", f"{path}:1"), Example("tü", "d", f"{path}:3", "s")]
+    assert list(read_jsonl(path)) == [Example("t", "c", f"{path}:1"), Example("tü", "d", f"{path}:3", "s")]
 
 
 @pytest.mark.parametrize("line,match", [
@@ -206,17 +206,38 @@ def test_missing_and_empty_files(tmp_path):
         load_dataset("nlrx_turk", tmp_path)
 
 
-def test_too_long_examples(tokenizer, examples, capsys):
-    longest = len(render_views(examples[1], tokenizer).main)
-    assert len(fitting(examples, tokenizer, longest)) == 5
-    with pytest.raises(BadInput, match=f"f:2: {longest} tokens.*--on_long drop"):
-        fitting([Example(*PAIRS[0], "f:1"), Example(*PAIRS[1], "f:2")], tokenizer, longest - 1)
-    assert len(fitting(examples, tokenizer, longest - 1, "drop")) == 4
+def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
+    lengths = [len(render_views(e, tokenizer).main) for e in examples]
+    longest, read = lengths[1], jsonl(tmp_path / "f.jsonl", PAIRS)
+    assert longest == max(lengths)
+    kept, counts = fitting(read, tokenizer, longest)
+    assert len(kept) == 5 and counts[:, 0].tolist() == lengths
+    rows = [collate_fused([render_views(e, tokenizer)], [True]) for e in examples]
+    assert counts[:, 1].tolist() == [row.ids.shape[1] for row in rows]
+    assert counts[:, 2].tolist() == [row.n_tokens for row in rows]
+    with pytest.raises(BadInput, match=f"f.jsonl:2: {longest} tokens.*--on_long drop"):
+        fitting(read, tokenizer, longest - 1)
+    kept, counts = fitting(read, tokenizer, longest - 1, "drop")
+    assert [e.where.rpartition(":")[2] for e in kept] == ["1", "3", "4", "5"] and len(counts) == 4
     assert "dropped 1 of 5" in capsys.readouterr().out
     with pytest.raises(BadInput, match=r"tokens, but the model's context is"):  # a view can be the longest
-        fitting([Example("ab", "x", "f:1")], BYTES, 20, k=30)
+        fitting(jsonl(tmp_path / "g.jsonl", [("ab", "x")]), BYTES, 20, k=30)
     with pytest.raises(BadInput, match="all other examples"):
-        fitting(examples, tokenizer, 3, "drop")
+        fitting(read, tokenizer, 3, "drop")
+
+
+def test_examples_are_read_when_asked_for(tmp_path):
+    """A list's behaviour without a list's memory: numbers, slices, arrays, iteration."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join(f'{{"text": "tü{i}", "code": "c{i}"}}\n{chr(10) * (i % 3)}' for i in range(10))
+                     .encode())
+    read = read_jsonl(path)
+    assert [e.text for e in read] == [f"tü{i}" for i in range(10)] and len(read) == 10
+    assert [e.code for e in read[7:]] == ["c7", "c8", "c9"] and read[-1].code == "c9"
+    assert [e.code for e in read[2:8][np.array([0, 5])]] == ["c2", "c7"]
+    assert read[2].where == f"{path}:4"  # line 3 is empty
+    with pytest.raises(IndexError):
+        read[10]
 
 
 @needs_published
@@ -226,7 +247,7 @@ def test_published_splits():
     train = {(e.text, e.code) for e in rows.train}
     assert sum((e.text, e.code) in train for e in rows.test) == 39
     valid = load_dataset("nlrx_synth", SHARED_DATA, n_train=100, eval_split="valid")
-    assert valid.test == rows.train[7200:] and valid.train == rows.train[:100]
+    assert list(valid.test) == list(rows.train[7200:]) and list(valid.train) == list(rows.train[:100])
     turk = load_dataset("nlrx_turk", SHARED_DATA)
     assert [e.code for e in turk.test] == [e.code for e in rows.test]
 
@@ -248,7 +269,7 @@ def test_generated_dataset(tmp_path):
     assert (len(rows.train), len(rows.test), rows.source) == (8000, 2000, "generated")
     assert not {e.text for e in rows.train} & {e.text for e in rows.test}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert load_dataset("nlrx_synth", tmp_path).train == rows.train
+    assert list(load_dataset("nlrx_synth", tmp_path).train) == list(rows.train)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(before) == 2
 
 

@@ -195,7 +195,7 @@ def test_paraphrases_are_pretrained_on(tmp_path, monkeypatch):
     look = next(row["look"] for row in rows_of(tmp_path / "run") if "look" in row)
     assert result["ntp"] < look["ntp"]
     data = load_dataset("paraphrase", folder, eval_split="valid")
-    assert all(e.text_only for e in data.train + data.test) and len(data.train) == 36
+    assert all(e.text_only for e in [*data.train, *data.test]) and len(data.train) == 36
     assert eval.score_run(tmp_path / "run")["ntp"] == pytest.approx(result["ntp"])
 
 

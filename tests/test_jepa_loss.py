@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import collate_fused, collate_three, render_views
-from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, fused, infonce, ntp, pick, rank_me
-from jepa_loss import three_pass, total_loss
+from data import Shape, collate_fused, collate_three, render_views
+from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, flex_mask, fused, infonce, ntp, pick
+from jepa_loss import rank_me, three_pass, total_loss
 from tokenizer import FORMAT_TOKENS, Tokenizer
 
 
@@ -91,6 +91,34 @@ def test_no_views_is_plain_training(tiny, tokenizer, examples):
     assert_same(fast, losses_and_gradients(model, three_pass, collate_three(views, [False] * 5)))
     assert_same(fast, losses_and_gradients(model, fused, collate_fused(views, [False] * 5, 90)))
     assert fast[1] == 0
+
+
+@pytest.mark.parametrize("distance", [cosine, DISTANCES["l2"], DISTANCES["mse"]])
+def test_a_fixed_shape_changes_nothing(tiny, tokenizer, examples, distance):
+    """Pads, labels of none and pairs of weight 0 add nothing to a loss or a gradient (l2's has a root at 0)."""
+    model, views = tiny(2), [render_views(e, tokenizer, 2) for e in examples]
+    for keep in ([True] * 5, [False, True, False, False, True], [False] * 5):
+        free = collate_fused(views, keep, 120)
+        fixed = collate_fused(views, keep, 120, Shape(rows=5, labels=150, pairs=7))
+        assert fixed.ids.shape == (5, 120) and len(fixed.label_at) == 150 and len(fixed.pred_at) == 7
+        assert (fixed.n_tokens, fixed.n_pairs) == (free.n_tokens, 5)
+        slow, fast = (losses_and_gradients(model, fused, batch, distance) for batch in (free, fixed))
+        slow[2].setdefault("pred_embedding", torch.zeros_like(model.pred_embedding))  # it always takes part
+        assert_same(slow, fast)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_flex_attention_equals_the_dense_mask(tiny, tokenizer, examples, alpha):
+    """Packed rows, uncompiled; on a CPU FlexAttention has no backward (PyTorch 2.13), so values alone."""
+    model = tiny(2)
+    views = [render_views(e, tokenizer, 2) for e in examples]
+    batch = collate_fused(views, [not alpha or i not in (1, 3) for i in range(5)], 200)
+    with torch.inference_mode():
+        dense = model(batch.ids, batch.positions, dense_mask(batch.segment, batch.parent))
+        flex = model(batch.ids, batch.positions, flex_mask(batch.segment, batch.parent))
+        torch.testing.assert_close(flex, dense, atol=1e-6, rtol=1e-6)
+        a, b = (fused(model, batch, masking=masking) for masking in (dense_mask, flex_mask))
+    assert abs(a.ntp_sum - b.ntp_sum) < 1e-6 and abs(a.jepa_sum - b.jepa_sum) < 1e-6
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------
@@ -184,21 +212,22 @@ def test_ntp_equals_cross_entropy_over_all_positions(tiny, tokenizer, examples):
     hidden = model(batch.ids)
     theirs = F.cross_entropy(model.head(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100,
                              reduction="sum")
-    torch.testing.assert_close(ntp(model.head, hidden, batch.labels), theirs, atol=1e-10, rtol=0)
+    ours = ntp(model.head, hidden, batch.labels, batch.label_at)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
 def test_distances_by_hand():
     pred = torch.tensor([[3.0, 4.0], [1.0, 0.0]], requires_grad=True)
     enc = torch.tensor([[3.0, 4.0], [0.0, 2.0]], requires_grad=True)
-    values = {name: d(pred, enc).item() for name, d in DISTANCES.items() if name != "infonce"}
+    values = {name: d(pred, enc).sum().item() for name, d in DISTANCES.items() if name != "infonce"}
     assert values == pytest.approx({"cosine": 0 + 1, "l2": 0 + 5**0.5, "mse": 0 + (1 + 4) / 2}, abs=1e-6)
     # cosines: pred_1 with enc_1, enc_2: 1, .8; pred_2: .6, 0
     logits = torch.tensor([[1.0, 0.8], [0.6, 0.0]]) / 0.5
     expected = -(logits.log_softmax(1)[0, 0] + logits.log_softmax(1)[1, 1])
-    assert infonce(pred, enc, temperature=0.5).item() == pytest.approx(expected.item(), abs=1e-6)
-    assert infonce(pred, enc) == infonce(pred, enc, temperature=0.07)  # the paper's
+    assert infonce(pred, enc, temperature=0.5).sum().item() == pytest.approx(expected.item(), abs=1e-6)
+    assert torch.equal(infonce(pred, enc), infonce(pred, enc, temperature=0.07))  # the paper's
     for distance in DISTANCES.values():  # both branches learn: no stop-gradient
-        gradients = torch.autograd.grad(distance(pred, enc), (pred, enc))
+        gradients = torch.autograd.grad(distance(pred, enc).sum(), (pred, enc))
         assert all(g.abs().sum() > 0 for g in gradients)
 
 
@@ -208,7 +237,7 @@ def test_losses_are_float32_under_autocast():
     for distance in DISTANCES.values():
         with torch.autocast("cpu", torch.bfloat16):
             inside = distance(pred, enc)
-        assert inside.dtype == torch.float32 and inside == distance(pred, enc)
+        assert inside.dtype == torch.float32 and torch.equal(inside, distance(pred, enc))
         assert distance(pred.bfloat16(), enc.bfloat16()).dtype == torch.float32
 
 

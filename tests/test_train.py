@@ -27,17 +27,6 @@ TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "
         "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8"]
 
 
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """Files of 80 and 12 pairs."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"}
-            for i in range(92)]
-    for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
-
-
 @pytest.fixture
 def argv(pairs, tmp_path):
     return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
@@ -199,6 +188,30 @@ def test_the_arms_see_the_same_examples(argv, tmp_path):
         counts.append([(row["examples"], row["tokens"]) for row in rows_of(tmp_path / str(i))
                        if "loss" in row])
     assert counts[0] == counts[1] == counts[2] == counts[3]
+
+
+def test_nothing_recompiles_with_fixed_shapes(argv, tmp_path):
+    """Every batch of a run has one shape, the last of an epoch and those without a view, too; after the fifth
+    step nothing is compiled again. The losses are those of free shapes."""
+    flags = [*argv, "--batch_size", "11", "--row_len", "150", "--alpha", "0.9", "--dtype", "float64",
+             "--n_layers", "1"]
+    train.train(train.parse_config([*flags, "--out", str(tmp_path / "free")]))
+    torch._dynamo.reset()
+    step_seed = train.step_seed
+
+    def strict_after_five(seed, step):
+        torch._dynamo.config.error_on_recompile = step >= 5
+        return step_seed(seed, step)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "step_seed", strict_after_five)
+            train.train(train.parse_config([*flags, "--fixed_shapes", "--compile"]))
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    ours, theirs = ([row for row in rows_of(tmp_path / name) if "loss" in row] for name in ("run", "free"))
+    assert len(ours) == 16
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["ntp"] == pytest.approx(b["ntp"], abs=1e-7) and a["jepa"] == pytest.approx(b["jepa"], abs=1e-7)
 
 
 def test_compiled_equals_eager(argv):
@@ -419,6 +432,9 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     (f"--seed {2**64}", "must be at least 0 and below 2**63"),
     ("--k 0 --pred_first", "--pred_first has no effect with --k 0"),
     ("--passes three --row_len 100", "--row_len has no effect with --passes three"),
+    ("--fixed_shapes", "--fixed_shapes has no effect without --row_len"),
+    ("--fixed_shapes --row_len 500 --distance infonce", "which --distance infonce would contrast with"),
+    ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
     ("--test_file x.jsonl", "--test_file has no effect with a published dataset"),
     ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
     ("--dataset x.jsonl --eval_split valid --test_file y",

@@ -1,0 +1,230 @@
+"""How fast, and how far from the hardware: every arm of the method side by side, in one run.
+
+    python bench.py                                                       preset nano, on what device there is
+    python bench.py --preset llama-3.2-1b --row_len 4096                  as on a GPU: packed rows
+    python bench.py --json bench.json
+
+The arms (plain, three passes, fused, fused with loss dropout 0.75) take turns, block by block, over the same
+examples; medians over the blocks, and the smallest and largest beside them. `useful` counts the arithmetic
+that the loss needs, and nothing that padding or masked attention adds. For one step, forward and backward:
+
+    6 * (parameters of the blocks) * (real tokens)        a product and a sum, once forward, twice backward
+    + 12 * layers * heads * head width * (visible pairs)  scores and values, where the mask shows key to query
+    + 6 * width * vocabulary * (tokens with a label)      the head
+
+and its share of `peak`, the fastest matrix product of the same dtype in the same run.
+"""
+import json
+import resource
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import Sampler, Views, lay_out, load_dataset, loss_dropout, render_prompt, render_views
+from eval import generate, generate_slow
+from files import BadInput, Parser, main_guard, write_text
+from jepa_loss import total_loss
+from model import DEVICES, PRESETS, Transformer, pick_device
+from tokenizer import Tokenizer, train_bpe
+from train import Config, Step, make_optimizer, micro_batches, model_config, native_bf16
+
+ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),
+        "fused, alpha 0.75": dict(alpha=0.75)}
+
+
+def visible_pairs(segment: list[int], parent: list[int]) -> int:
+    """Query, key pairs that jepa_loss.visible shows in one row without pads."""
+    segment, parent = np.array(segment), np.array(parent)
+    same = (segment == segment[:, None]) | (segment == parent[:, None])  # [i, j]
+    return int(np.tril(same).sum())
+
+
+def work(views: Views, keep: bool, passes: str) -> tuple[int, int, int]:
+    """(real tokens, visible pairs, labels) of one example; keep: it has its views."""
+    labels = sum(label != -100 for label in views.labels)
+    if passes == "three":
+        rows = [len(views.main)] + ([len(views.stem) + len(views.preds), len(views.enc)] if keep else [])
+        return sum(rows), sum(n * (n + 1) // 2 for n in rows), labels
+    tree = lay_out(views, keep)
+    return len(tree.ids), visible_pairs(tree.segment, tree.parent), labels
+
+
+def flops(model: Transformer, tokens: int, pairs: int, labels: int) -> int:
+    """Useful floating point operations of a forward and backward; the formula stands above."""
+    c = model.config
+    blocks = sum(weight.numel() for weight in model.layers.parameters())
+    return (6 * blocks * tokens + 12 * c.n_layers * c.n_heads * c.head_dim * pairs
+            + 6 * c.dim * c.vocab_size * labels)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """Operations per second of the fastest of many square matrix products."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def one_block(arm: Config, step_losses, model: Transformer, optimizer, examples: list[Views],
+              sampler: Sampler, steps: range) -> tuple[float, float]:
+    """Seconds of these steps as train.py does them, and of collating their batches alone."""
+    device, loading = model.device, 0.0
+    synchronize(device)
+    began = time.perf_counter()
+    for step in steps:
+        at = time.perf_counter()
+        batches = micro_batches(arm, examples, sampler.indices(step), step)
+        loading += time.perf_counter() - at
+        n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
+        for batch in batches:
+            total_loss(step_losses(batch.to(device)), n_tokens, n_pairs, arm.lam).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronize(device)
+    return time.perf_counter() - began, loading
+
+
+def measure(c: Config, blocks: int, steps: int) -> dict:
+    """All that the tables show, as numbers."""
+    device = pick_device(c.device)
+    dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
+    data = load_dataset(c.dataset, c.data_dir)
+    tokenizer = Tokenizer(train_bpe((text for e in data.train for text in (e.text, e.code)), c.vocab_size))
+    model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed).to(device)
+    examples = [render_views(e, tokenizer, c.k) for e in data.train]
+    sampler = Sampler([len(v.main) for v in examples], c.batch_size, c.seed)
+    optimizer = make_optimizer(model, c)
+    compiled = c.compile if c.compile is not None else device.type == "cuda"
+    arms = {name: replace(c, **changes) for name, changes in ARMS.items()}
+    modules = {name: Step(model, arm, dtype) for name, arm in arms.items()}
+    if compiled:
+        modules = {name: torch.compile(module, dynamic=True) for name, module in modules.items()}
+
+    spans = [range(block * steps, (block + 1) * steps) for block in range(blocks + 1)]
+    results = {name: {"seconds": [], "loading": []} for name in arms}
+    for span in spans:  # the first warms up
+        for name, arm in arms.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds, loading = one_block(arm, modules[name], model, optimizer, examples, sampler, span)
+            if span is spans[0]:
+                continue
+            results[name]["seconds"].append(seconds)
+            results[name]["loading"].append(loading)
+            if device.type == "cuda":
+                results[name]["memory"] = torch.cuda.max_memory_allocated()
+    peaks = {"float32": peak(device, torch.float32)}
+    if dtype == "bfloat16":
+        peaks["bfloat16"] = peak(device, torch.bfloat16)
+    for name, arm in arms.items():
+        account(results[name], arm, model, examples, sampler, spans[1:], peaks[dtype])
+    for result in results.values():
+        result["time_to_plain"] = result["seconds_per_example"] / results["plain"]["seconds_per_example"]
+        result["tokens_to_plain"] = result["tokens_per_example"] / results["plain"]["tokens_per_example"]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+    return {"device": name, "dtype": dtype, "compiled": compiled, "preset": c.preset,
+            "parameters": model.n_params(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "peak": peaks, "process_memory": memory, "arms": results,
+            "generation": generation(model, tokenizer, data.test)}
+
+
+def account(result: dict, arm: Config, model: Transformer, examples: list[Views], sampler: Sampler,
+            spans: list[range], peak_rate: float) -> None:
+    """Turn the seconds of an arm's blocks into rates."""
+    n, tokens, useful = [], [], []
+    for span in spans:
+        totals = np.zeros(3, dtype=np.int64)
+        count = 0
+        for step in span:
+            indices = sampler.indices(step)
+            keep = loss_dropout(len(indices), arm.alpha, arm.seed, step)
+            count += len(indices)
+            totals += np.sum([work(examples[i], kept and arm.lam > 0, arm.passes)
+                              for i, kept in zip(indices, keep, strict=True)], axis=0)
+        n.append(count)
+        tokens.append(int(totals[0]))
+        useful.append(flops(model, *totals.tolist()))
+    seconds = result.pop("seconds")
+    rates = sorted(a / b for a, b in zip(n, seconds, strict=True))
+    result |= {"examples_per_s": statistics.median(rates), "slowest": rates[0], "fastest": rates[-1],
+               "tokens_per_s": statistics.median(a / b for a, b in zip(tokens, seconds, strict=True)),
+               "useful_flops": statistics.median(a / b for a, b in zip(useful, seconds, strict=True)),
+               "seconds_per_example": statistics.median(b / a for a, b in zip(n, seconds, strict=True)),
+               "tokens_per_example": sum(tokens) / sum(n)}
+    result["loader"] = sum(result.pop("loading")) / sum(seconds)
+    result["share_of_peak"] = result["useful_flops"] / peak_rate
+
+
+def generation(model: Transformer, tokenizer: Tokenizer, test: list, n: int = 512, limit: int = 40) -> dict:
+    """Test items per second with the cache and, on a few, without; answers of exactly `limit` tokens."""
+    prompts = [render_prompt(example, tokenizer) for example in test[:n]]
+    generate(model, prompts[:8], -1, 2)
+    began = time.perf_counter()
+    generate(model, prompts, -1, limit)
+    cached, began = len(prompts) / (time.perf_counter() - began), time.perf_counter()
+    for prompt in prompts[:8]:
+        generate_slow(model, prompt, -1, limit)
+    return {"tokens": limit, "cached": cached, "uncached": 8 / (time.perf_counter() - began)}
+
+
+def report(r: dict) -> str:
+    peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in r["peak"].items())
+    lines = [f"{r['preset']}, {r['parameters']:,} parameters, {r['dtype']}{', compiled' * r['compiled']}, on "
+             f"{r['device']} ({r['threads']} threads), torch {r['torch']}",
+             f"matrix products: {peaks}; process memory {r['process_memory'] / 2**30:.2f} GiB", "",
+             "| arm | examples/s (min to max) | tokens/s | useful GFLOP/s | of peak | time / plain "
+             "| tokens / plain | loader | memory |", "|---|---|---|---|---|---|---|---|---|"]
+    for name, a in r["arms"].items():
+        memory = f"{a['memory'] / 2**30:.2f} GiB" if "memory" in a else "-"
+        rate = f"{a['examples_per_s']:.0f} ({a['slowest']:.0f} to {a['fastest']:.0f})"
+        lines.append(f"| {name} | {rate} | {a['tokens_per_s']:,.0f} | {a['useful_flops'] / 1e9:,.0f} "
+                     f"| {a['share_of_peak']:.1%} | {a['time_to_plain']:.3f} | {a['tokens_to_plain']:.3f} "
+                     f"| {a['loader']:.1%} | {memory} |")
+    g = r["generation"]
+    return "\n".join([*lines, "", f"generation of {g['tokens']} tokens: {g['cached']:.1f} items/s with the "
+                                  f"cache, {g['uncached']:.1f} without"])
+
+
+def main() -> None:
+    parser = Parser(description="Plain, three passes, fused, fused with loss dropout: side by side.")
+    parser.add_argument("--preset", choices=PRESETS, default="nano")
+    parser.add_argument("--dataset", default="nlrx_synth")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--compile", action="store_true", default=None, help="(default: on CUDA only)")
+    parser.add_argument("--batch_size", type=int, default=32, help="examples per step")
+    parser.add_argument("--row_len", type=int, default=0, help="pack into rows of so many tokens; 0: no")
+    parser.add_argument("--steps", type=int, default=20, help="steps per block")
+    parser.add_argument("--blocks", type=int, default=5, help="blocks per arm, after one to warm up")
+    parser.add_argument("--json", help="write all numbers to this file")
+    args = vars(parser.parse_args())
+    blocks, steps, path = args.pop("blocks"), args.pop("steps"), args.pop("json")
+    if min(blocks, steps, args["batch_size"]) < 1 or args["row_len"] < 0:
+        raise BadInput("--blocks, --steps and --batch_size must be at least 1, --row_len 0 or more")
+    result = measure(Config(**args), blocks, steps)
+    print(report(result))
+    if path:
+        write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main()
