@@ -95,7 +95,7 @@ def test_no_views_is_plain_training(tiny, tokenizer, examples):
 
 @pytest.mark.parametrize("distance", [cosine, DISTANCES["l2"], DISTANCES["mse"]])
 def test_a_fixed_shape_changes_nothing(tiny, tokenizer, examples, distance):
-    """Pads, labels of none and pairs of weight 0 add nothing to a loss or a gradient (l2's has a root at 0)."""
+    """Pads, labels of none and pairs of weight 0 add nothing to a loss or a gradient (l2 has a root at 0)."""
     model, views = tiny(2), [render_views(e, tokenizer, 2) for e in examples]
     for keep in ([True] * 5, [False, True, False, False, True], [False] * 5):
         free = collate_fused(views, keep, 120)
