@@ -288,13 +288,15 @@ def groups(c: Config, n: int) -> list[range]:
 
 def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
                   shape: Shape | None = None) -> list:
-    """This rank's share of the step's examples, collated in groups of --micro_batch."""
+    """This rank's share of the step's examples, collated in groups of at most --micro_batch."""
     keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
     collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
     mine = groups(c, len(indices))
     if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
         return [replace(collate([NOTHING], [False]), n_pairs=0)]
-    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
+    if c.passes == "fused" and not c.row_len:  # rows without views are shorter: not in one batch with others
+        mine = [[i for i in group if keep[i] == kept] for group in mine for kept in (True, False)]
+    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine if group]
 
 
 def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:

@@ -135,7 +135,8 @@ def test_micro_batch_gradients_of_one_step(argv):
         model = Transformer(train.model_config(c, tokenizer.vocab_size), 1, 0).double()
         views = [render_views(e, tokenizer) for e in data.train]
         batches = train.micro_batches(c, views, list(range(32)), 0)
-        assert len(batches) == (1 if size == "0" else 4)
+        assert len(batches) == (2 if size == "0" else 8)  # with views and without
+        assert sum(b.n_pairs for b in batches) == 32
         for batch in batches:
             losses = train.Step(model, c, "float64")(batch)
             train.total_loss(losses, sum(b.n_tokens for b in batches), 32, 1.0).backward()
