@@ -31,14 +31,14 @@ def test_the_two_commands_stand_there():
 
 def test_every_flag_and_file_named_exists():
     flags = {*re.findall(r"--(?:no-)?([a-z_]+)", README)}
-    known = {*train.asdict(train.Config()), "help", "prompt", "other_data", "base_url"}
+    known = {*train.asdict(train.Config()), "help", "prompt", "other_data", "base_url", "nproc_per_node"}
     assert flags <= known, flags - known
     for name in re.findall(r"`((?:tests/)?[a-z_]+\.py)`", README):
         assert (ROOT / name).exists(), name
 
 
 def test_every_function_named_exists():
-    modules = "model|jepa_loss|data|eval|nlrx|derivatives|train|scores|tokenizer|checkpoint|published|runs"
+    modules = "model|jepa_loss|data|eval|nlrx|derivatives|train|scores|tokenizer|checkpoint|published|runs|ranks|bench"
     for module, name in re.findall(rf"`({modules})\.([A-Za-z_]+)`", README):
         if f"{module}.{name}" not in (f"{module}.py", "tokenizer.model"):  # which are files
             assert hasattr(__import__(module), name), f"{module}.{name}"
