@@ -225,8 +225,11 @@ def test_compiled_equals_eager(argv):
     views = [render_views(e, tokenizer) for e in data.train]
     eager = train.Step(model, c, "float64")
     compiled = torch.compile(eager, dynamic=True)
-    for indices in (list(range(5)), list(range(20, 28))):
-        (batch,), results = train.micro_batches(c, views, indices, 0), []
+    batches = [batch for indices in (list(range(5)), list(range(20, 28)))
+               for batch in train.micro_batches(c, views, indices, 0)]  # with views and without
+    assert len(batches) == 4
+    for batch in batches:
+        results = []
         for step in (eager, compiled):
             model.zero_grad()
             losses = step(batch)
