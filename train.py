@@ -6,6 +6,7 @@
     python train.py --dataset my.jsonl --test_file my_test.jsonl
     python train.py --dataset gsm8k --init_from DIR         fine-tune the Llama-style model of a Hugging Face
                                                             folder, or a run; --lora_rank 64: adapters only
+    torchrun --nproc_per_node 2 train.py --dataset nlrx_synth   the same losses from two processes
 
 A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt
 (the last checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and
