@@ -156,7 +156,10 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
     each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0
     for pairs that only fill up a fixed shape. masking: dense_mask or flex_mask.
     """
-    mask = None if batch.segment is None else masking(batch.segment, batch.parent)
+    if isinstance(batch.segment, list):
+        mask = [masking(*kind) for kind in zip(batch.segment, batch.parent, strict=True)]
+    else:
+        mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
     ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.pred_at is None:  # lam = 0: no views at all

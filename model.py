@@ -77,13 +77,13 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each (B, 1, T, D/2), for `rotate`."""
-    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    """cos and sin of every position's angles, each (B, T, 1, D/2), for `rotate`."""
+    angles = positions[..., None, None].float() * rope_frequencies(config, positions.device)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (B, H, T, D), in the half-split convention of Hugging Face
+    """Rotary embedding (arXiv 2104.09864) of x (B, T, H, D), in the half-split convention of Hugging Face
     checkpoints: component d is paired with d + D/2, not with its neighbour."""
     cos, sin = (table.to(x.dtype) for table in rope)
     a, b = x.chunk(2, dim=-1)
@@ -112,6 +112,9 @@ class KVCache:
         self.layers = [[store[rows] for store in layer] for layer in self.layers]
 
 
+Mask = Tensor | BlockMask | list | None  # see Transformer.forward
+
+
 def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(D)) v over the keys that the mask shows (None: causal).
 
@@ -123,9 +126,21 @@ def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     return scores.softmax(dim=-1).to(v.dtype) @ v  # (B, H, T, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, masks: list) -> Tensor:
+    """The same for one row of tokens that stands for several batches, one after the other: (rows, T) of each
+    are its mask's."""
+    shapes = [(mask.shape[0], mask.shape[-1]) for mask in masks]
+    parts = zip(*(x[0].split([rows * T for rows, T in shapes], dim=1) for x in (q, k, v)), strict=True)
+    ys = [attend(*(x.unflatten(1, shape).transpose(0, 1) for x in part), mask)  # (rows, H, T, D)
+          for part, shape, mask in zip(parts, shapes, masks, strict=True)]
+    return torch.cat([y.transpose(1, 2).flatten(0, 1) for y in ys]).transpose(0, 1)[None]  # (1, H, all T, D)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """The same, by PyTorch's kernels, which never hold (T, S) scores. But on a CPU their bfloat16 backward
     takes three times as long as the five lines above (PyTorch 2.13), at the few dozen tokens of our rows."""
+    if isinstance(mask, list):
+        return attend_in_turn(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
@@ -172,13 +187,13 @@ class Attention(nn.Module):
         self.v_proj = Projection(C, K * D)
         self.o_proj = Projection(H * D, C)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask,
                 cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        q, k, v = (heads.transpose(1, 2) for heads in (rotate(q, rope), rotate(k, rope), v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
         y = attend(q, k, v, mask)  # (B, H, T, D)
@@ -206,7 +221,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask,
                 cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -283,13 +298,14 @@ class Transformer(nn.Module):
         preds = F.embedding((ids - V).clamp(min=0), self.pred_embedding)
         return torch.where((ids >= V)[..., None], preds, words)
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Mask = None,
                 cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, C) after the final norm.
 
         ids        (B, T) token ids; ids V .. V+k-1 are predictor tokens
         positions  (B, T) rotary positions; None: 0 .. T-1 in every row
-        mask       (B, 1, T, S) boolean, True where query i sees key j, or such a BlockMask; None: causal
+        mask       (B, 1, T, S) boolean, True where query i sees key j, or such a BlockMask; None: causal; a
+                   list of masks: one row (B = 1) of tokens, those of several batches, in order of their rows
         cache      holds S - T earlier tokens and takes these T; it wants positions and a mask
         """
         if cache is not None and (mask is None or positions is None):

@@ -295,9 +295,7 @@ def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
     mine = groups(c, len(indices))
     if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
         return [replace(collate([NOTHING], [False]), n_pairs=0)]
-    if c.passes == "fused" and not c.row_len:  # rows without views are shorter: not in one batch with others
-        mine = [[i for i in group if keep[i] == kept] for group in mine for kept in (True, False)]
-    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine if group]
+    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
 
 
 def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:

@@ -90,21 +90,41 @@ def test_tree_in_reverse():
 # ---- batches -----------------------------------------------------------------------------------------------
 
 def test_fused_batch_id_by_id():
-    """Two examples, each its row; then both in one row of up to 24 tokens."""
+    """Two examples, each its row; without views; and both in one row of up to 24 tokens."""
     views = [render_views(e, BYTES) for e in (PAIR, Example("a", "x"))]
-    batch = collate_fused(views, [True, False])
+    batch = collate_fused(views, [True, True])
     assert batch.ids.tolist() == [[BEGIN, A, B, SEP, X, Y, Z, END, P1, BEGIN, X, Y, Z],
-                                  [BEGIN, A, SEP, X, END] + [0] * 8]
-    assert batch.segment[1].tolist() == [0] * 5 + [5, 6, 7, 8, 9, 10, 11, 12]  # each pad its own
-    assert batch.parent[1].tolist() == [0] * 5 + [5, 6, 7, 8, 9, 10, 11, 12]
+                                  [BEGIN, A, SEP, X, END, P1, BEGIN, X] + [0] * 5]
+    assert batch.segment[1].tolist() == [0] * 2 + [1] * 3 + [2] + [3] * 2 + [8, 9, 10, 11, 12]  # pads: own
+    assert batch.parent[1].tolist() == [0] * 6 + [3] * 2 + [8, 9, 10, 11, 12]
     assert batch.labels[1].tolist() == [A, SEP, X, END] + [-100] * 9
-    assert batch.pred_at.tolist() == [8] and batch.enc_at.tolist() == [12]
-    assert (batch.n_tokens, batch.n_pairs) == (7 + 4, 2)  # an example without views counts
+    assert batch.pred_at.tolist() == [8, 18] and batch.enc_at.tolist() == [12, 20]
+    assert (batch.n_tokens, batch.n_pairs) == (7 + 4, 2)
+    plain = collate_fused(views, [False, False])
+    assert plain.ids.tolist() == [[BEGIN, A, B, SEP, X, Y, Z, END], [BEGIN, A, SEP, X, END, 0, 0, 0]]
+    assert plain.segment is plain.pred_at is None and plain.n_tokens == 11
     packed = collate_fused(views, [True, True], row_len=24)
     assert packed.ids.shape == (1, 13 + 5 + 3)
     assert packed.segment.tolist() == [[0] * 3 + [1] * 5 + [2] + [3] * 4 + [4] * 2 + [5] * 3 + [6] + [7] * 2]
     assert packed.parent.tolist() == [[0] * 9 + [3] * 4 + [4] * 6 + [7] * 2]
     assert packed.pred_at.tolist() == [8, 18] and packed.enc_at.tolist() == [12, 20]
+
+
+def test_rows_with_and_without_views_are_not_padded_to_each_other():
+    """Both kinds stand in one row of ids, those with views first."""
+    views = [render_views(e, BYTES) for e in (Example("a", "x"), PAIR, Example("a", "y"))]
+    batch = collate_fused(views, [False, True, False])
+    assert batch.ids.tolist() == [[BEGIN, A, B, SEP, X, Y, Z, END, P1, BEGIN, X, Y, Z,
+                                   BEGIN, A, SEP, X, END, BEGIN, A, SEP, Y, END]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 0, 1, 2, 3, *range(5), *range(5)]]
+    assert [s.tolist() for s in batch.segment] == [[[0] * 3 + [1] * 5 + [2] + [3] * 4], [[0] * 5] * 2]
+    assert [p.tolist() for p in batch.parent] == [[[0] * 9 + [3] * 4], [[0] * 5] * 2]
+    assert batch.pred_at.tolist() == [8] and batch.enc_at.tolist() == [12]
+    assert batch.labels.flatten()[batch.label_at].tolist() == [
+        A, B, SEP, X, Y, Z, END, A, SEP, X, END, A, SEP, Y, END]
+    assert (batch.n_tokens, batch.n_pairs) == (7 + 4 + 4, 3)  # an example without views counts
+    moved = batch.to(torch.device("meta"))
+    assert all(x.device.type == "meta" for x in (*moved.segment, *moved.parent, moved.ids))
 
 
 def test_three_pass_batch_id_by_id():
