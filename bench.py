@@ -31,7 +31,7 @@ from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
 from model import DEVICES, PRESETS, Transformer, pick_device
 from tokenizer import Tokenizer, train_bpe
-from train import Config, Step, make_optimizer, micro_batches, model_config, native_bf16
+from train import Config, Step, make_optimizer, micro_batches, model_config, native_bf16, set_precision
 
 ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),
         "fused, alpha 0.75": dict(alpha=0.75)}
@@ -67,7 +67,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> float:
+def peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations per second of the fastest of many square matrix products."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
@@ -116,9 +116,14 @@ def measure(c: Config, blocks: int, steps: int) -> dict:
     if compiled:
         modules = {name: torch.compile(module, dynamic=True) for name, module in modules.items()}
 
+    set_precision(dtype)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16} if dtype == "bfloat16" else {
+        dtype: torch.float32}
+    peaks = dict.fromkeys(dtypes, 0.0)
     spans = [range(block * steps, (block + 1) * steps) for block in range(blocks + 1)]
     results = {name: {"seconds": [], "loading": []} for name in arms}
     for span in spans:  # the first warms up
+        peaks = {name: max(rate, peak(device, dtypes[name])) for name, rate in peaks.items()}
         for name, arm in arms.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -129,9 +134,6 @@ def measure(c: Config, blocks: int, steps: int) -> dict:
             results[name]["loading"].append(loading)
             if device.type == "cuda":
                 results[name]["memory"] = torch.cuda.max_memory_allocated()
-    peaks = {"float32": peak(device, torch.float32)}
-    if dtype == "bfloat16":
-        peaks["bfloat16"] = peak(device, torch.bfloat16)
     for name, arm in arms.items():
         account(results[name], arm, model, examples, sampler, spans[1:], peaks[dtype])
     for result in results.values():
@@ -172,16 +174,19 @@ def account(result: dict, arm: Config, model: Transformer, examples: list[Views]
     result["share_of_peak"] = result["useful_flops"] / peak_rate
 
 
-def generation(model: Transformer, tokenizer: Tokenizer, test: list, n: int = 512, limit: int = 40) -> dict:
-    """Test items per second with the cache and, on a few, without; answers of exactly `limit` tokens."""
-    prompts = [render_prompt(example, tokenizer) for example in test[:n]]
+def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
+    """Test items per second with the cache and, on every hundredth, without: each answer as long as its
+    target, as those of a trained model are."""
+    prompts = [render_prompt(example, tokenizer) for example in test]
+    limits = [len(tokenizer.encode(example.code)) + 1 for example in test]
     generate(model, prompts[:8], -1, 2)
     began = time.perf_counter()
-    generate(model, prompts, -1, limit)
-    cached, began = len(prompts) / (time.perf_counter() - began), time.perf_counter()
-    for prompt in prompts[:8]:
+    generate(model, prompts, -1, limits)
+    seconds, began = time.perf_counter() - began, time.perf_counter()
+    for prompt, limit in zip(prompts[::100], limits[::100], strict=True):
         generate_slow(model, prompt, -1, limit)
-    return {"tokens": limit, "cached": cached, "uncached": 8 / (time.perf_counter() - began)}
+    return {"items": len(test), "seconds": seconds, "cached": len(test) / seconds,
+            "uncached": len(prompts[::100]) / (time.perf_counter() - began)}
 
 
 def report(r: dict) -> str:
@@ -198,8 +203,8 @@ def report(r: dict) -> str:
                      f"| {a['share_of_peak']:.1%} | {a['time_to_plain']:.3f} | {a['tokens_to_plain']:.3f} "
                      f"| {a['loader']:.1%} | {memory} |")
     g = r["generation"]
-    return "\n".join([*lines, "", f"generation of {g['tokens']} tokens: {g['cached']:.1f} items/s with the "
-                                  f"cache, {g['uncached']:.1f} without"])
+    return "\n".join([*lines, "", f"generation of {g['items']:,} test answers: {g['seconds']:.1f} s, "
+                                  f"{g['cached']:.1f} items/s with the cache, {g['uncached']:.1f} without"])
 
 
 def main() -> None:
@@ -208,7 +213,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="nlrx_synth")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "tf32", "bfloat16"), default="auto")
     parser.add_argument("--compile", action="store_true", default=None, help="(default: on CUDA only)")
     parser.add_argument("--batch_size", type=int, default=32, help="examples per step")
     parser.add_argument("--row_len", type=int, default=0, help="pack into rows of so many tokens; 0: no")

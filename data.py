@@ -326,14 +326,16 @@ class Rendered:
 # ---- many examples: batches --------------------------------------------------------------------------------
 
 class Batch:
-    def to(self, device: torch.device):
-        """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting."""
+    def to(self, device: torch.device, wait: bool = False):
+        """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting for it."""
         def move(x):
             if isinstance(x, list):
                 return [move(each) for each in x]
             if not isinstance(x, Tensor):
                 return x
-            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+            if device.type != "cuda" or wait:
+                return x.to(device)
+            return x.pin_memory().to(device, non_blocking=True)
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 

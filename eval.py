@@ -59,28 +59,28 @@ def generate_slow(model: Transformer, prompt: list[int], end: int, max_new_token
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int,
+def generate(model: Transformer, prompts: list[list[int]], end: int, max_new_tokens: int | list[int],
              batch_size: int = 256, cached_tokens: int = 1 << 16) -> list[Answer]:
     """The same answers, with a cache, in batches of prompts of similar length: at most batch_size, and fewer
-    where the cache of so many would hold more than cached_tokens."""
+    where the cache of so many would hold more than cached_tokens. max_new_tokens: for all, or for each."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = max(map(len, prompts)) + max_new_tokens
+    longest = max(map(len, prompts)) + max(limits)
     batch_size = max(1, min(batch_size, cached_tokens // longest))
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
-        done = generate_batch(model, [prompts[i] for i in chunk], end, max_new_tokens)
+        done = generate_batch(model, [prompts[i] for i in chunk], end, [limits[i] for i in chunk])
         for i, answer in zip(chunk, done, strict=True):
             answers[i] = answer
     return answers
 
 
-def generate_batch(model: Transformer, prompts: list[list[int]], end: int,
-                   max_new_tokens: int) -> list[Answer]:
+def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limits: list[int]) -> list[Answer]:
     """Prompts are padded on the left, so that all rows grow at the same column; a pad is seen by nobody but
     itself."""
     device, width = model.device, max(map(len, prompts))
-    room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
+    room = [min(limit, model.config.max_seq_len - len(p)) for limit, p in zip(limits, prompts, strict=True)]
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
     # (B, 1) column of the first token
     first = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import hf_name, load_tensor, read_config, save_tensors, tensor_files, write_config
 from files import BadInput
@@ -246,6 +247,7 @@ class Transformer(nn.Module):
             if not config.tie_embeddings:
                 self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.pred_embedding = None  # (k, C)
+        self.grad_checkpointing = False  # keep the inputs of the blocks alone for the backward
         if seed is not None:
             self.to_empty(device="cpu")
             self.init_weights(seed)
@@ -315,7 +317,10 @@ class Transformer(nn.Module):
         rope = rope_table(self.config, positions)
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)

@@ -99,9 +99,12 @@ class Config:
     # the run
     seed: int = opt(82, "of weights, order and loss dropout")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = opt(
-        "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively")
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = opt(
+        "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively; "
+                "tf32: float32 with products of 10 bits, on CUDA")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
+    grad_checkpointing: bool = opt(False, "less memory, more time: compute activations twice")
+    prefetch: bool = opt(True, "collate in a thread, ahead of the step, and copy without waiting")
     fixed_shapes: bool | None = opt(None, "fill packed rows up to one shape (default: on CUDA, with row_len)")
     attention: Literal["auto", "dense", "flex"] = opt(
         "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)")
@@ -184,6 +187,8 @@ def check(c: Config, given: set[str]) -> list[str]:
         inert(("fixed_shapes",), "without --row_len")
     if c.fixed_shapes and c.distance == "infonce":
         problems.append("--fixed_shapes has pairs of weight 0, which --distance infonce would contrast with")
+    if c.dtype == "tf32" and pick_device(c.device).type != "cuda":
+        problems.append("--dtype tf32 needs CUDA")
     if c.attention == "flex" and (pick_device(c.device).type != "cuda" or c.compile is False):
         problems.append("--attention flex needs CUDA and --compile: it has no backward elsewhere")
     if c.dataset in PUBLISHED or c.eval_split == "valid":
@@ -314,6 +319,11 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.default_rng([seed, step, 2]).integers(2**63))
 
 
+def set_precision(dtype: str) -> None:
+    """Whether float32 products may be rounded; scores are always computed at the highest."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
 def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
     """AdamW; norms' gains are not decayed."""
     matrices = [weight for weight in trainable(model).values() if weight.dim() >= 2]
@@ -372,6 +382,7 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
 def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict,
            limit: int) -> dict:
     """Write the model, adapters merged, and its score on the whole test split; print five answers."""
+    set_precision("float32")
     model.merge_lora()
     model.save_pretrained(folder)
     tokenizer.save(folder)
@@ -401,6 +412,8 @@ def train(c: Config) -> dict:
         return read_json(folder / "eval.json")
 
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
+    model.grad_checkpointing = c.grad_checkpointing
+    set_precision(dtype)
     examples = Rendered(data.train, tokenizer, **options)
     sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
@@ -423,8 +436,10 @@ def train(c: Config) -> dict:
 
     bar = tqdm(range(start, total), initial=start, total=total, disable=ranks.rank > 0 or None, unit="step",
                dynamic_ncols=True)
-    collated = ahead(micro_batches(c, examples, sampler.indices(step), step, shape)
-                     for step in range(start, total))
+    collated = (micro_batches(c, examples, sampler.indices(step), step, shape)
+                for step in range(start, total))
+    if c.prefetch:
+        collated = ahead(collated)
     clock, clock_tokens = time.perf_counter(), n_tokens_seen
     for step, batches in zip(bar, collated, strict=True):
         torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
@@ -434,7 +449,7 @@ def train(c: Config) -> dict:
         ntp = jepa = 0.0
         for batch in batches:
             with ranks.unshared(step_losses, batch is batches[-1]):
-                losses = step_losses(batch.to(device))
+                losses = step_losses(batch.to(device, wait=not c.prefetch))
                 # the ranks' gradients will be averaged, and are to be summed
                 (ranks.world * total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma)).backward()
             ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs

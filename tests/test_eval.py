@@ -110,6 +110,13 @@ def test_a_long_neighbour_cuts_no_answer(tiny):
     assert [len(answer.ids) for answer in generate(model, prompts, -1, 20)] == [20, 2]
 
 
+def test_each_prompt_may_have_its_own_limit(tiny):
+    """Rows that are done leave the batch, the others go on."""
+    model, prompts, limits = tiny(0), [[i, i + 1] for i in range(9)], [3, 1, 0, 7, 2, 1, 20, 4, 0]
+    assert generate(model, prompts, -1, limits) == [
+        generate_slow(model, p, -1, limit) for p, limit in zip(prompts, limits, strict=True)]
+
+
 def test_undecided_is_wrong_and_counted(monkeypatch):
     monkeypatch.setattr(derivatives, "equal", lambda a, b: derivatives.Verdict(None, None))
     scores = score(EXAMPLES[:2], ["a", "b"], [True] * 2, set(), scorer_of("nlrx_synth", "data"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED_DATA
 from safetensors.torch import load_file
-from test_train import assert_equal_runs, command, rows_of, weights
+from test_train import assert_equal_runs, command, die_at_step, rows_of, weights
 
 import eval
 import train
@@ -91,19 +91,11 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
     assert {**again, "seconds": 0} == {**result, "seconds": 0} and result["n"] == 6
 
 
-def test_fine_tuning_with_adapters_resumes_to_the_bit(argv, tmp_path, monkeypatch):
+def test_fine_tuning_with_adapters_resumes_to_the_bit(argv, tmp_path):
     """3 + 3 steps equal 6, dropout included; the state holds adapters alone, the rest is --init_from's."""
     argv = [*argv, "--lora_rank", "2", "--lora_dropout", "0.5", "--checkpoint_every", "3"]
     train.train(train.parse_config([*argv, "--out", str(tmp_path / "whole")]))
-    lr_at = train.lr_at
-
-    def dies(step, total, c):
-        if step == 4:
-            raise KeyboardInterrupt
-        return lr_at(step, total, c)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "lr_at", dies)
-        train.train(train.parse_config(argv))
+    die_at_step(4, argv)
     torch.manual_seed(12345)  # whatever happened to the generator in between
     train.train(train.parse_config(argv))
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")

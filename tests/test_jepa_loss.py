@@ -121,6 +121,27 @@ def test_flex_attention_equals_the_dense_mask(tiny, tokenizer, examples, alpha):
     assert abs(a.ntp_sum - b.ntp_sum) < 1e-6 and abs(a.jepa_sum - b.jepa_sum) < 1e-6
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_grad_checkpointing_changes_nothing_but_memory(tiny, tokenizer, examples, dropout):
+    """Losses and gradients bit for bit, adapters' dropout included; a fraction of the bytes is kept."""
+    batch = collate_fused([render_views(e, tokenizer) for e in examples], [True, False, True, True, True])
+    kept, results = [], []
+    for on in (False, True):
+        model = tiny(n_layers=4)
+        if dropout:
+            model.add_lora(4, dropout, seed=0)
+            model.double()
+        model.grad_checkpointing = on
+        torch.manual_seed(0)
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, saved=saved: (saved.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x):
+            results.append(losses_and_gradients(model, fused, batch))
+        kept.append(sum(saved.values()))
+    assert_same(*results, tolerance=1e-300)
+    assert results[0][2] and kept[1] < 0.5 * kept[0]
+
+
 # ---- leaks -------------------------------------------------------------------------------------------------
 
 def picked(model, batch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def assert_equal_runs(a, b, tolerance=0.0):
     for name, weight in ours.items():
         difference = (weight - theirs[name]).abs().max().item()
         assert difference <= tolerance, (name, difference)
+
+
+def die_at_step(at, argv):
+    """Start a run that is interrupted before its step number `at` (from 0)."""
+    lr_at = train.lr_at
+
+    def dies(step, total, c):
+        if step == at:
+            raise KeyboardInterrupt
+        return lr_at(step, total, c)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "lr_at", dies)
+        train.train(train.parse_config(argv))
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -215,6 +229,33 @@ def test_nothing_recompiles_with_fixed_shapes(argv, tmp_path):
         assert all(a[name] == pytest.approx(b[name], abs=1e-7) for name in ("ntp", "jepa"))
 
 
+def test_prefetch_and_grad_checkpointing_change_no_bit(argv, tmp_path):
+    argv = [*argv, "--max_steps", "6", "--alpha", "0.5"]
+    train.train(train.parse_config(argv))
+    train.train(train.parse_config([*argv, "--no-prefetch", "--out", str(tmp_path / "plain")]))
+    train.train(train.parse_config([*argv, "--grad_checkpointing", "--out", str(tmp_path / "again")]))
+    assert_equal_runs(tmp_path / "run", tmp_path / "plain")
+    assert_equal_runs(tmp_path / "run", tmp_path / "again")
+
+
+def test_tf32_is_for_training_alone(argv, monkeypatch):
+    """A CPU knows no TF32, but the switch is the same: rounded products in the loop, exact ones for the
+    scores that eval.json holds."""
+    c, seen, score = replace(train.parse_config(argv), dtype="tf32"), [], train.evaluate
+
+    def evaluate(*args, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return score(*args, **options)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    train.train(c)
+    assert seen == ["high", "highest"]
+
+
+def test_no_prefetch_starts_no_thread(argv, monkeypatch):
+    monkeypatch.setattr(train, "ahead", lambda items: pytest.fail("a thread"))
+    train.train(train.parse_config([*argv, "--max_steps", "2", "--no-prefetch"]))
+
+
 def test_compiled_equals_eager(argv):
     """Losses and gradients of batches of two shapes, to the rounding of the float32 cosines of the rotary
     table."""
@@ -241,21 +282,12 @@ def test_compiled_equals_eager(argv):
 
 # ---- stop and go -------------------------------------------------------------------------------------------
 
-def test_three_steps_and_three_equal_six(argv, tmp_path, monkeypatch):
+def test_three_steps_and_three_equal_six(argv, tmp_path):
     """A run that dies behind its checkpoint at step 3 repeats nothing and skips nothing; metrics lines are
     not doubled."""
     argv = [*argv, "--max_steps", "6", "--checkpoint_every", "3", "--alpha", "0.3"]
     train.train(train.parse_config([*argv, "--out", str(tmp_path / "whole")]))
-    lr_at, calls = train.lr_at, []
-
-    def dies(step, total, c):
-        calls.append(step)
-        if step == 5:
-            raise KeyboardInterrupt
-        return lr_at(step, total, c)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "lr_at", dies)
-        train.train(train.parse_config(argv))
+    die_at_step(5, argv)
     train.train(train.parse_config(argv))
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
     keep = ("step", "epoch", "examples", "tokens", "ntp", "jepa", "loss", "lr", "grad_norm")
@@ -438,6 +470,7 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--fixed_shapes", "--fixed_shapes has no effect without --row_len"),
     ("--fixed_shapes --row_len 500 --distance infonce", "which --distance infonce would contrast with"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
+    ("--device cpu --dtype tf32", "--dtype tf32 needs CUDA"),
     ("--test_file x.jsonl", "--test_file has no effect with a published dataset"),
     ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
     ("--dataset x.jsonl --eval_split valid --test_file y",
