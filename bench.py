@@ -6,13 +6,8 @@
 
 The arms (plain, three passes, fused, fused with loss dropout 0.75) take turns, block by block, over the same
 examples; medians over the blocks, and the smallest and largest beside them. `useful` counts the arithmetic
-that the loss needs, and nothing that padding or masked attention adds. For one step, forward and backward:
-
-    6 * (parameters of the blocks) * (real tokens)        a product and a sum, once forward, twice backward
-    + 12 * layers * heads * head width * (visible pairs)  scores and values, where the mask shows key to query
-    + 6 * width * vocabulary * (tokens with a label)      the head
-
-and its share of `peak`, the fastest matrix product of the same dtype in the same run.
+that the loss needs (the formula: model.Transformer.flops), and nothing that padding or masked attention adds;
+its share is of `peak`, the fastest matrix product of the same dtype, measured between the blocks.
 """
 import json
 import resource
@@ -21,45 +16,20 @@ import sys
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
-from data import Sampler, Views, lay_out, load_dataset, loss_dropout, render_prompt, render_views
+from data import Sampler, Views, load_dataset, render_prompt, render_views
 from eval import generate, generate_slow
 from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
 from model import DEVICES, PRESETS, Transformer, pick_device
 from tokenizer import Tokenizer, train_bpe
 from train import Config, Step, make_optimizer, micro_batches, model_config, native_bf16, set_precision
+from train import step_flops
 
 ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),
         "fused, alpha 0.75": dict(alpha=0.75)}
-
-
-def visible_pairs(segment: list[int], parent: list[int]) -> int:
-    """Query, key pairs that jepa_loss.visible shows in one row without pads."""
-    segment, parent = np.array(segment), np.array(parent)
-    same = (segment == segment[:, None]) | (segment == parent[:, None])  # [i, j]
-    return int(np.tril(same).sum())
-
-
-def work(views: Views, keep: bool, passes: str) -> tuple[int, int, int]:
-    """(real tokens, visible pairs, labels) of one example; keep: it has its views."""
-    labels = sum(label != -100 for label in views.labels)
-    if passes == "three":
-        rows = [len(views.main)] + ([len(views.stem) + len(views.preds), len(views.enc)] if keep else [])
-        return sum(rows), sum(n * (n + 1) // 2 for n in rows), labels
-    tree = lay_out(views, keep)
-    return len(tree.ids), visible_pairs(tree.segment, tree.parent), labels
-
-
-def flops(model: Transformer, tokens: int, pairs: int, labels: int) -> int:
-    """Useful floating point operations of a forward and backward; the formula stands above."""
-    c = model.config
-    blocks = sum(weight.numel() for weight in model.layers.parameters())
-    return (6 * blocks * tokens + 12 * c.n_layers * c.n_heads * c.head_dim * pairs
-            + 6 * c.dim * c.vocab_size * labels)
 
 
 def synchronize(device: torch.device) -> None:
@@ -81,23 +51,26 @@ def peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> floa
 
 
 def one_block(arm: Config, step_losses, model: Transformer, optimizer, examples: list[Views],
-              sampler: Sampler, steps: range) -> tuple[float, float]:
-    """Seconds of these steps as train.py does them, and of collating their batches alone."""
-    device, loading = model.device, 0.0
+              sampler: Sampler, steps: range) -> dict:
+    """These steps as train.py does them: seconds, those of collating alone, and what was done in them."""
+    device, done = model.device, {"seconds": 0.0, "loading": 0.0, "examples": 0, "tokens": 0, "flops": 0}
     synchronize(device)
     began = time.perf_counter()
     for step in steps:
         at = time.perf_counter()
         batches = micro_batches(arm, examples, sampler.indices(step), step)
-        loading += time.perf_counter() - at
+        done["loading"] += time.perf_counter() - at
+        done["flops"] += step_flops(model, batches)
         n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
         for batch in batches:
+            done["examples"] += batch.n_pairs
+            done["tokens"] += batch.n_real
             total_loss(step_losses(batch.to(device)), n_tokens, n_pairs, arm.lam).backward()
         nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     synchronize(device)
-    return time.perf_counter() - began, loading
+    return done | {"seconds": time.perf_counter() - began}
 
 
 def measure(c: Config, blocks: int, steps: int) -> dict:
@@ -120,22 +93,19 @@ def measure(c: Config, blocks: int, steps: int) -> dict:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16} if dtype == "bfloat16" else {
         dtype: torch.float32}
     peaks = dict.fromkeys(dtypes, 0.0)
+
     spans = [range(block * steps, (block + 1) * steps) for block in range(blocks + 1)]
-    results = {name: {"seconds": [], "loading": []} for name in arms}
+    blocks_of, memory_of = {name: [] for name in arms}, dict.fromkeys(arms)
     for span in spans:  # the first warms up
         peaks = {name: max(rate, peak(device, dtypes[name])) for name, rate in peaks.items()}
         for name, arm in arms.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds, loading = one_block(arm, modules[name], model, optimizer, examples, sampler, span)
-            if span is spans[0]:
-                continue
-            results[name]["seconds"].append(seconds)
-            results[name]["loading"].append(loading)
+            blocks_of[name].append(one_block(arm, modules[name], model, optimizer, examples, sampler, span))
             if device.type == "cuda":
-                results[name]["memory"] = torch.cuda.max_memory_allocated()
-    for name, arm in arms.items():
-        account(results[name], arm, model, examples, sampler, spans[1:], peaks[dtype])
+                memory_of[name] = torch.cuda.max_memory_allocated()
+    results = {name: account(done[1:], peaks[dtype]) | {"memory": memory_of[name]}
+               for name, done in blocks_of.items()}
     for result in results.values():
         result["time_to_plain"] = result["seconds_per_example"] / results["plain"]["seconds_per_example"]
         result["tokens_to_plain"] = result["tokens_per_example"] / results["plain"]["tokens_per_example"]
@@ -147,31 +117,18 @@ def measure(c: Config, blocks: int, steps: int) -> dict:
             "generation": generation(model, tokenizer, data.test)}
 
 
-def account(result: dict, arm: Config, model: Transformer, examples: list[Views], sampler: Sampler,
-            spans: list[range], peak_rate: float) -> None:
-    """Turn the seconds of an arm's blocks into rates."""
-    n, tokens, useful = [], [], []
-    for span in spans:
-        totals = np.zeros(3, dtype=np.int64)
-        count = 0
-        for step in span:
-            indices = sampler.indices(step)
-            keep = loss_dropout(len(indices), arm.alpha, arm.seed, step)
-            count += len(indices)
-            totals += np.sum([work(examples[i], kept and arm.lam > 0, arm.passes)
-                              for i, kept in zip(indices, keep, strict=True)], axis=0)
-        n.append(count)
-        tokens.append(int(totals[0]))
-        useful.append(flops(model, *totals.tolist()))
-    seconds = result.pop("seconds")
-    rates = sorted(a / b for a, b in zip(n, seconds, strict=True))
-    result |= {"examples_per_s": statistics.median(rates), "slowest": rates[0], "fastest": rates[-1],
-               "tokens_per_s": statistics.median(a / b for a, b in zip(tokens, seconds, strict=True)),
-               "useful_flops": statistics.median(a / b for a, b in zip(useful, seconds, strict=True)),
-               "seconds_per_example": statistics.median(b / a for a, b in zip(n, seconds, strict=True)),
-               "tokens_per_example": sum(tokens) / sum(n)}
-    result["loader"] = sum(result.pop("loading")) / sum(seconds)
-    result["share_of_peak"] = result["useful_flops"] / peak_rate
+def account(blocks: list[dict], peak_rate: float) -> dict:
+    """Rates of an arm from its blocks: medians."""
+    def rates(of: str) -> list[float]:
+        return sorted(block[of] / block["seconds"] for block in blocks)
+
+    def total(of: str) -> float:
+        return sum(block[of] for block in blocks)
+    rate, useful = statistics.median(rates("examples")), statistics.median(rates("flops"))
+    return {"examples_per_s": rate, "slowest": rates("examples")[0], "fastest": rates("examples")[-1],
+            "seconds_per_example": 1 / rate, "tokens_per_s": statistics.median(rates("tokens")),
+            "tokens_per_example": total("tokens") / total("examples"), "useful_flops": useful,
+            "share_of_peak": useful / peak_rate, "loader": total("loading") / total("seconds")}
 
 
 def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
@@ -197,7 +154,7 @@ def report(r: dict) -> str:
              "| arm | examples/s (min to max) | tokens/s | useful GFLOP/s | of peak | time / plain "
              "| tokens / plain | loader | memory |", "|---|---|---|---|---|---|---|---|---|"]
     for name, a in r["arms"].items():
-        memory = f"{a['memory'] / 2**30:.2f} GiB" if "memory" in a else "-"
+        memory = f"{a['memory'] / 2**30:.2f} GiB" if a["memory"] else "-"
         rate = f"{a['examples_per_s']:.0f} ({a['slowest']:.0f} to {a['fastest']:.0f})"
         lines.append(f"| {name} | {rate} | {a['tokens_per_s']:,.0f} | {a['useful_flops'] / 1e9:,.0f} "
                      f"| {a['share_of_peak']:.1%} | {a['time_to_plain']:.3f} | {a['tokens_to_plain']:.3f} "

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -351,6 +352,8 @@ class ThreePassBatch(Batch):
     enc_at: Tensor | None  # (N,)
     n_tokens: int  # labels other than -100
     n_pairs: int  # examples, those without views included
+    n_real: int  # tokens that are no pads
+    n_visible: int  # (query, key) pairs among them that attention needs
 
 
 @dataclass
@@ -369,6 +372,8 @@ class FusedBatch(Batch):
     pair_weight: Tensor | None  # (N,) 1, or 0 where a pair only fills up a fixed shape; None: all are real
     n_tokens: int
     n_pairs: int
+    n_real: int
+    n_visible: int
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -387,16 +392,16 @@ def labelled(labels: Tensor) -> Tensor:
 def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
     """keep[i]: whether example i has views; loss dropout and lam = 0 take them away. Pads are 0: causal
     attention and labels keep them out, whatever their id."""
-    labels = pad([v.labels for v in examples], -100)
+    main, labels = [v.main for v in examples], pad([v.labels for v in examples], -100)
     kept = [v for v, kept in zip(examples, keep, strict=True) if kept]
-    views = []
-    for rows in ([v.stem + v.preds for v in kept], [v.enc for v in kept]):
+    preds, encs, views = [v.stem + v.preds for v in kept], [v.enc for v in kept], []
+    for rows in (preds, encs):
         ids = pad(rows, 0) if rows else None
         last = [b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]
         views += [ids, torch.tensor(last) if rows else None]
-    label_at = labelled(labels)
-    return ThreePassBatch(pad([v.main for v in examples], 0), labels, label_at, *views,
-                          n_tokens=len(label_at), n_pairs=len(examples))
+    label_at, lengths = labelled(labels), [len(row) for row in main + preds + encs]
+    return ThreePassBatch(pad(main, 0), labels, label_at, *views, len(label_at), len(examples), sum(lengths),
+                          sum(n * (n + 1) // 2 for n in lengths))
 
 
 @dataclass
@@ -409,6 +414,11 @@ class Tree:
     parent: list[int]
     pred_at: int | None = None
     enc_at: int | None = None
+
+    def n_visible(self) -> int:
+        """How many (query, key) pairs jepa_loss.visible shows."""
+        parents, n = dict(zip(self.segment, self.parent, strict=True)), Counter(self.segment)
+        return sum(n[s] * (n[s] + 1) // 2 + (n[s] * n[p] if p != s else 0) for s, p in parents.items())
 
 
 def lay_out(views: Views, keep: bool = True) -> Tree:
@@ -483,7 +493,8 @@ def one_row(a: FusedBatch, b: FusedBatch) -> FusedBatch:
     return FusedBatch(both(a.ids, b.ids), both(a.labels, b.labels),
                       torch.cat([a.label_at, b.label_at + a.ids.numel()]), both(a.positions, b.positions),
                       [a.segment, causal], [a.parent, causal], a.pred_at, a.enc_at, None,
-                      a.n_tokens + b.n_tokens, a.n_pairs + b.n_pairs)
+                      a.n_tokens + b.n_tokens, a.n_pairs + b.n_pairs, a.n_real + b.n_real,
+                      a.n_visible + b.n_visible)
 
 
 def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
@@ -528,7 +539,8 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
         weight = filled([1] * len(pred_at), shape.pairs, 0).float()
         pred_at, enc_at = filled(pred_at, shape.pairs, 0), filled(enc_at, shape.pairs, 0)
     at = [torch.as_tensor(x) if len(x) else None for x in (pred_at, enc_at)]
-    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, weight, n_tokens, len(examples))
+    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, weight, n_tokens, len(examples),
+                      sum(lengths), sum(tree.n_visible() for tree in trees))
 
 
 class Sampler:

@@ -4,7 +4,8 @@
                                                     RUN/eval.json
     python eval.py CHECKPOINT --dataset NAME        score any model, a run or a Hugging Face folder
     python eval.py RUN --prompt "lines ..."         answer one text
-    python eval.py RUN_A RUN_B                      several, one row each
+    python eval.py RUN RUN ...                      several scored runs: means over seeds, and what the JEPA
+                                                    loss changed (report.py)
 
 Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
 
@@ -22,9 +23,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +36,8 @@ from data import render_prompt, render_views
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, ntp, pick
 from model import DEVICES, KVCache, Transformer, pick_device
+from report import compare, comparison, read_result, table
+from runs import summary
 from scores import check_databases, scorer_of
 from tokenizer import FORMATS, Tokenizer
 
@@ -117,24 +122,27 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limit
 
 # ---- scores ------------------------------------------------------------------------------------------------
 
+def to_hex(flags: list[bool]) -> str:
+    """A bit per item, the first the highest of the first byte; see report.from_hex."""
+    return np.packbits(flags).tobytes().hex()
+
+
 def score(examples: list[Example], answers: list[str], stopped: list[bool], seen: set[tuple[str, str]],
           scorer: tuple[str, Callable] | None = None) -> dict:
-    """Shares of the examples, 0 to 1, as this file's docstring defines them; `seen` holds the pairs that
-    stand in train, scorer is of scores.scorer_of."""
+    """Shares of the examples, 0 to 1, as this file's docstring defines them, and under "items" each share's
+    verdicts item by item; `seen` holds the pairs that stand in train, scorer is of scores.scorer_of."""
     n = len(examples)
     pairs = list(zip(examples, answers, strict=True))
     exact = [answer == e.code for e, answer in pairs]
     unseen = [hit for e, hit in zip(examples, exact, strict=True) if (e.text, e.code) not in seen]
-    scores = {"exact": sum(exact) / n,
-              "prefix": sum(answer.startswith(e.code) for e, answer in pairs) / n,
-              "stopped": sum(stopped) / n,
-              "exact_unseen": sum(unseen) / len(unseen) if unseen else None}
+    items = {"exact": exact, "prefix": [answer.startswith(e.code) for e, answer in pairs], "stopped": stopped}
+    more = {"exact_unseen": sum(unseen) / len(unseen) if unseen else None}
     if scorer is not None:
         column, right = scorer
         verdicts = [right(answer, e) for e, answer in pairs]
-        scores[column] = verdicts.count(True) / n
-        scores["undecided"] = verdicts.count(None)
-    return scores
+        items[column], more["undecided"] = [verdict is True for verdict in verdicts], verdicts.count(None)
+    return {**{name: sum(flags) / n for name, flags in items.items()}, **more,
+            "items": {name: to_hex(flags) for name, flags in items.items()}}
 
 
 @torch.inference_mode()
@@ -194,8 +202,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
                    for e in sample]
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
     model.train(training)
+    digest = sha256("".join(json.dumps([e.text, e.code]) for e in test).encode()).hexdigest()[:16]
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
-                     "dataset": data.name, "source": data.source}, answers
+                     "dataset": data.name, "source": data.source, "test": digest}, answers
 
 
 def default_max_new_tokens(tokenizer: Tokenizer, train: Sequence[Example]) -> int:
@@ -203,39 +212,7 @@ def default_max_new_tokens(tokenizer: Tokenizer, train: Sequence[Example]) -> in
     return math.ceil(1.5 * max(len(tokenizer.encode(e.code)) for e in train))
 
 
-# ---- report ------------------------------------------------------------------------------------------------
-
-COLUMNS = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct", "ntp", "cos_paired",
-           "cos_shuffled", "retrieval_at_1", "n")
-
-
-def table(results: dict[str, dict]) -> str:
-    """Markdown: a row per run; shares in percent, cosines and losses as they are. A column that no run has is
-    left out."""
-    def cell(result: dict, column: str) -> str:
-        value = result.get(column)
-        if value is None:
-            return "-"
-        if column == "n":
-            return str(value)
-        return f"{value:.4f}" if column.startswith(("cos", "ntp")) else f"{100 * value:.2f}"
-    columns = [c for c in COLUMNS if any(r.get(c) is not None for r in results.values())]
-    rows = [("run", *columns), *((name, *(cell(r, c) for c in columns)) for name, r in results.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def brief(result: dict) -> str:
-    """The first columns in one line."""
-    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
-    if "ntp" in result:
-        parts.append(f"ntp {result['ntp']:.4f}")
-    if "cos_paired" in result:
-        parts.append(f"cosine {result['cos_paired']:.3f} (shuffled pairs {result['cos_shuffled']:.3f})")
-    return ", ".join(parts)
-
+# ---- models and runs ---------------------------------------------------------------------------------------
 
 VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
 
@@ -286,6 +263,7 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
     result, _ = evaluate(model, tokenizer, data, options, max_new_tokens or run["max_new_tokens"])
     if max_new_tokens is None and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
+        result |= summary(Path(folder)) if same else {}
         write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -322,6 +300,7 @@ def main() -> None:
     parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
     parser.add_argument("--other_data", action="store_true",
                         help="score on other files than the run's: a run on generated data on the published")
+    parser.add_argument("--json", help="with several runs: write all numbers to this file")
     parser.add_argument("--prompt", help="answer this text instead of scoring")
     parser.add_argument("--system", help="with --prompt: the instruction (default: that of the run's data)")
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
@@ -331,7 +310,9 @@ def main() -> None:
     common = {name: given.pop(name) for name in ("max_new_tokens", "device") if name in given}
     models = given.pop("models")
     mode = "prompt" if "prompt" in given else "dataset" if "dataset" in given else "run"
-    takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"},
+    several = mode == "run" and len(models) > 1
+    takes = {"prompt": {"prompt", "format", "system"},
+             "run": {"json"} if several else {"data_dir", "other_data"},
              "dataset": {"dataset", "test_file", "n_test", "on_long", "format", "data_dir"}}[mode]
     own = args.dataset and args.dataset.endswith(".jsonl")
     takes -= {"data_dir"} if own else {"test_file"}
@@ -347,6 +328,12 @@ def main() -> None:
     if mode == "prompt":
         for folder in models:
             print(answer_prompt(folder, **common, **given))
+        return
+    if several:
+        rows = compare({folder: read_result(folder) for folder in models})
+        print(comparison(rows))
+        if args.json:
+            write_text(args.json, json.dumps(rows, indent=2) + "\n")
         return
     score_one = score_checkpoint if mode == "dataset" else score_run
     print(table({folder: score_one(folder, **common, **given) for folder in models}))

@@ -337,6 +337,19 @@ class Transformer(nn.Module):
     def n_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
+    def flops(self, n_real: int, n_visible: int, n_labels: int) -> int:
+        """Operations that a forward and backward need, whatever padding and masked attention add to them:
+
+            6 (4 if it is frozen) for a weight of the blocks and a real token: product and sum, once forward,
+                twice backward
+            12 * layers * H * D for a (query, key) pair that the mask shows: scores and values
+            6 * C * V for a token with a label: the head
+        """
+        c = self.config
+        weights = sum((6 if w.requires_grad else 4) * w.numel() for w in self.layers.parameters())
+        return (weights * n_real + 12 * c.n_layers * c.n_heads * c.head_dim * n_visible
+                + 6 * c.dim * c.vocab_size * n_labels)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors as Hugging Face has them, and pred_embedding.safetensors if
         k > 0. Adapters must be merged."""

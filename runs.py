@@ -71,19 +71,30 @@ def load_state(folder: Path, device: torch.device) -> dict | None:
         raise BadInput(f"{path}: damaged ({str(error).splitlines()[0]}); move it away to restart") from None
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int, int]:
-    """Load the last checkpoint, if there is one: (steps done, examples, tokens, bytes of metrics.jsonl)."""
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict, int]:
+    """Load the last checkpoint, if there is one: (steps done, what they took, bytes of metrics.jsonl)."""
     state = load_state(folder, next(model.parameters()).device)
     if state is None:
-        return 0, 0, 0, 0
+        return 0, {"examples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}, 0
     try:
         if state["model"].keys() != trainable(model).keys():
             raise KeyError
         model.load_state_dict(state["model"], strict=False)  # with LoRA, the base's weights are not in it
         optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["examples"], state["tokens"], state["metrics_size"]
+        return state["step"], state["seen"], state["metrics_size"]
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
         raise BadInput(f"{folder / 'state.pt'}: of another run; move it away to restart") from None
+
+
+def summary(folder: Path) -> dict:
+    """What a score is compared by: settings, data, versions, and what the training took so far."""
+    run, trained = read_json(folder / "run.json"), {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        trained = {name: row[name] for name in ("step", "examples", "tokens", "flops", "seconds")}
+    return {"config": {name: value for name, value in run["config"].items() if name != "out"},
+            "files": list(run["files"].values()), "init": list(run["init"].values()),
+            **{name: run[name] for name in ("dtype", "device", "versions", "git_commit")}, "trained": trained}
 
 
 class Metrics:

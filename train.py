@@ -33,12 +33,13 @@ from tqdm import tqdm
 import ranks
 from data import PUBLISHED, Dataset, Rendered, Sampler, Shape, Views, ahead, announce, collate_fused
 from data import collate_three, fit_splits, load_dataset, loss_dropout, pack
-from eval import VIEW_OPTIONS, brief, default_max_new_tokens, evaluate, table
+from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, three_pass, total_loss
 from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
 from published import sha256
-from runs import Metrics, git_commit, open_run, restore, save_state, trainable
+from report import brief, table
+from runs import Metrics, git_commit, open_run, restore, save_state, summary, trainable
 from scores import check_databases
 from tokenizer import CARRIED, FORMATS, Tokenizer, train_bpe
 
@@ -88,6 +89,7 @@ class Config:
     # optimization
     epochs: int = opt(3, "passes over the train split")
     max_steps: int = opt(0, "end after so many steps; 0: after the epochs")
+    match_flops: str = opt("", "end when as many useful operations are done as in this finished run")
     batch_size: int = opt(32, "examples per step")
     micro_batch: int = opt(0, "examples per forward and backward; 0: the whole batch")
     lr: float = opt(1e-3, "peak of the learning rate")
@@ -210,6 +212,8 @@ def check(c: Config, given: set[str]) -> list[str]:
         if c.eval_split != "valid":
             problems.append("paraphrase has no test split: it needs --eval_split valid")
         inert(("max_new_tokens",), "with paraphrase, where nothing is answered")
+    if c.match_flops:
+        inert(("epochs", "max_steps"), "with --match_flops")
     if c.micro_batch > c.batch_size:
         problems.append(f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}")
     if not device_available(c.device):
@@ -224,8 +228,8 @@ def describe(c: Config) -> str:
         value = getattr(c, f.name)
         if f.name in ("dataset", "data_dir", "test_file", "device", "out") or f.name == "k" and not c.lam:
             continue
-        if f.name == "init_from":
-            parts.extend(["from", Path(value).name] if value else [])
+        if f.name in ("init_from", "match_flops"):
+            parts.extend([f.name.removeprefix("init_"), Path(value).name] if value else [])
         elif value != (FINE_TUNING if c.init_from else {}).get(f.name, f.default):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
     return "-".join(parts)
@@ -299,7 +303,7 @@ def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
     collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
     mine = groups(c, len(indices))
     if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
-        return [replace(collate([NOTHING], [False]), n_pairs=0)]
+        return [replace(collate([NOTHING], [False]), n_pairs=0, n_real=0, n_visible=0)]
     return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
 
 
@@ -322,6 +326,22 @@ def step_seed(seed: int, step: int) -> int:
 def set_precision(dtype: str) -> None:
     """Whether float32 products may be rounded; scores are always computed at the highest."""
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
+def step_flops(model: Transformer, batches: list) -> int:
+    return sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)
+
+
+def steps_to_match(c: Config, model: Transformer, train: Rendered, sampler: Sampler) -> int:
+    """How many steps reach the operations that the run --match_flops took. Every batch is made for it, which
+    is a hundredth of the work to come."""
+    budget, step = read_json(Path(c.match_flops) / "eval.json").get("trained", {}).get("flops"), 0
+    if not budget:
+        raise BadInput(f"--match_flops {c.match_flops}: its eval.json does not say what the training took")
+    while budget > 0:
+        budget -= ranks.counts(step_flops(model, micro_batches(c, train, sampler.indices(step), step)))[0]
+        step += 1
+    return step
 
 
 def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
@@ -387,6 +407,7 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
     model.save_pretrained(folder)
     tokenizer.save(folder)
     result, answers = evaluate(model, tokenizer, data, options, limit)
+    result |= summary(folder)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
     for example, answer in zip(data.test, answers[:5], strict=False):  # paraphrase has no answers
         print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
@@ -417,9 +438,11 @@ def train(c: Config) -> dict:
     examples = Rendered(data.train, tokenizer, **options)
     sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
+    if c.match_flops:
+        total = steps_to_match(c, model, examples, sampler)
     every = c.checkpoint_every or sampler.steps_per_epoch
     optimizer, weights = make_optimizer(model, c), trainable(model)
-    start, n_examples, n_tokens_seen, metrics_size = restore(folder, model, optimizer)
+    start, seen, metrics_size = restore(folder, model, optimizer)
     metrics = Metrics(folder / "metrics.jsonl", metrics_size) if ranks.rank == 0 else None
     compiled = c.compile if c.compile is not None else device.type == "cuda"
     fixed = c.row_len and c.distance != "infonce" and (
@@ -440,10 +463,11 @@ def train(c: Config) -> dict:
                 for step in range(start, total))
     if c.prefetch:
         collated = ahead(collated)
-    clock, clock_tokens = time.perf_counter(), n_tokens_seen
+    began, logged = time.perf_counter() - seen["seconds"], seen
     for step, batches in zip(bar, collated, strict=True):
         torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
-        n_tokens, n_pairs = ranks.counts(sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches))
+        n_tokens, n_pairs, flops = ranks.counts(
+            sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), step_flops(model, batches))
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, c)
         ntp = jepa = 0.0
@@ -457,17 +481,17 @@ def train(c: Config) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        done, n_examples, n_tokens_seen = step + 1, n_examples + n_pairs, n_tokens_seen + n_tokens
-        where = {"step": done, "epoch": done / sampler.steps_per_epoch, "examples": n_examples,
-                 "tokens": n_tokens_seen}
+        done = step + 1
+        seen = {"examples": seen["examples"] + n_pairs, "tokens": seen["tokens"] + n_tokens,
+                "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
+        where = {"step": done, "epoch": done / sampler.steps_per_epoch, **seen}
         if done % c.log_every == 0 or done % every == 0 or done == total:
             ntp, jepa = ranks.total(torch.stack([ntp, jepa])).tolist()  # waits for the device
             if not math.isfinite(ntp + jepa + float(grad_norm)):
                 raise BadInput(f"step {done}: the loss is {ntp} + {c.lam} * {jepa}, the gradient's norm "
                                f"{float(grad_norm)}; the last checkpoint is kept; try a lower --lr")
-            now = time.perf_counter()
-            speed = round((n_tokens_seen - clock_tokens) / (now - clock))
-            clock, clock_tokens = now, n_tokens_seen
+            speed = round((seen["tokens"] - logged["tokens"]) / (seen["seconds"] - logged["seconds"]))
+            logged = seen
             bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
             if ranks.rank == 0:
                 metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
@@ -475,13 +499,13 @@ def train(c: Config) -> dict:
                                        "tokens_per_s": speed})
         if ranks.rank == 0 and done % sampler.steps_per_epoch == 0 and done < total:
             look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
+            look.pop("items", None)
+            began += look["seconds"]
             metrics.write(where | {"look": look})
-            clock += look["seconds"]
             tqdm.write(f"epoch {where['epoch']:.0f}, {look['n']} {c.eval_split} items: {brief(look)}")
         if ranks.rank == 0 and (done % every == 0 or done == total):
             save_state(folder, {"model": weights, "optimizer": optimizer.state_dict(),
-                                "step": done, "examples": n_examples, "tokens": n_tokens_seen,
-                                "metrics_size": metrics.size()})
+                                "step": done, "seen": seen, "metrics_size": metrics.size()})
     return finish(folder, model, tokenizer, data, options, limit) if ranks.rank == 0 else {}
 
 

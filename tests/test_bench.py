@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import data
 import model as model_module
-from data import collate_fused, lay_out, pack, render_views
+from data import collate_fused, collate_three, render_views
 from jepa_loss import dense_mask, fused, total_loss
 
 
@@ -21,22 +21,24 @@ def test_flops_equal_torch_s_count(tiny, tokenizer, examples, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         losses = fused(model, collate_fused([views], [False]))
         total_loss(losses, losses.n_tokens, 1, 0.0).backward()
-    ours = bench.flops(model, T, T * T, T - 1)
+    ours = model.flops(T, T * T, T - 1)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_work_of_an_example(tokenizer, examples, keep):
-    """Tokens and visible pairs are those of the batch and of its mask, pads not counted."""
-    for e in examples:
-        views = render_views(e, tokenizer, 2)
-        tree, batch = lay_out(views, keep), collate_fused([views], [keep], row_len=1)
-        mask = dense_mask(batch.segment, batch.parent)
-        assert bench.work(views, keep, "fused") == (len(tree.ids), int(mask.sum()), batch.n_tokens)
-        rows = [len(views.main)] + ([len(views.stem) + 2, len(views.enc)] if keep else [])
-        pairs = sum(int(torch.ones(n, n).tril().sum()) for n in rows)
-        assert bench.work(views, keep, "three") == (sum(rows), pairs, batch.n_tokens)
-    assert pack([3, 4], 1) == [[1], [0]]  # row_len=1: a row of its own for each
+@pytest.mark.parametrize("row_len", [0, 90])
+def test_what_a_batch_counts(tokenizer, examples, row_len):
+    """Real tokens and visible pairs are those of ids and mask without the pads, some views dropped."""
+    views = [render_views(e, tokenizer, 2) for e in examples]
+    keep = [True, False, True, True, False]
+    batch, one_each = collate_fused(views, keep, row_len), [
+        collate_fused([v], [kept], row_len=1) for v, kept in zip(views, keep, strict=True)]  # no pads
+    assert batch.n_real == sum(b.ids.numel() for b in one_each) < batch.ids.numel()
+    assert batch.n_visible == sum(int(dense_mask(b.segment, b.parent).sum()) for b in one_each)
+    three = collate_three(views, keep)
+    rows = [len(v.main) for v in views] + [n for v, kept in zip(views, keep, strict=True) if kept
+                                           for n in (len(v.stem) + 2, len(v.enc))]
+    assert three.n_real == sum(rows)
+    assert three.n_visible == sum(int(torch.ones(n, n).tril().sum()) for n in rows)
 
 
 def test_a_small_bench(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from eval import Answer, answer_texts, evaluate, generate, generate_slow, score,
 from files import BadInput, main_guard
 from model import KVCache
 from published import PUBLISHED
+from report import from_hex
 from scores import scorer_of
 
 
@@ -58,6 +59,9 @@ def test_scores():
                ""]  # empty: wrong
     scores = score(EXAMPLES, answers, [True, False, True, True], {("one", "(a)|(b)"), ("four", "x")},
                    scorer_of("nlrx_synth", "data"))
+    items = {name: from_hex(flags, 4).tolist() for name, flags in scores.pop("items").items()}
+    assert items == {"exact": [1, 0, 0, 0], "prefix": [1, 1, 0, 0], "stopped": [1, 0, 1, 1],
+                     "dfa_equal": [1, 0, 1, 0]}
     assert scores == {"exact": 1 / 4, "prefix": 2 / 4, "stopped": 3 / 4, "exact_unseen": 0 / 3,
                       "dfa_equal": 2 / 4, "undecided": 0}
     assert "dfa_equal" not in score(EXAMPLES, answers, [True] * 4, set())
@@ -71,7 +75,7 @@ def test_evaluate(tiny, tokenizer, examples):
     assert result.keys() == {"exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "undecided",
                              "cos_paired",
                              "cos_shuffled", "cos_gap", "retrieval_at_1", "rank_pred", "rank_enc", "n",
-                             "seconds",
+                             "seconds", "items", "test",
                              "dataset", "source"}
     assert result["n"] == len(answers) == 5 and json.dumps(result)
     again, _ = evaluate(tiny(1), tokenizer, split, options, 8, n=3)
@@ -80,7 +84,7 @@ def test_evaluate(tiny, tokenizer, examples):
 
 def test_table():
     lines = table({"a": {"exact": 0.5, "n": 20, "cos_paired": 0.99994}}).splitlines()
-    assert lines[0].split("|")[1].strip() == "run" and set(lines[1]) == {"|", "-"}
+    assert lines[0].split("|")[1].strip() == "model" and set(lines[1]) == {"|", "-"}
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == ["a", "50.00", "0.9999", "20"]  # columns that nobody has are left out
     both = table({"a": {"exact": 0.5}, "b": {"ntp": 1.5}}).splitlines()[2:]

@@ -1,0 +1,157 @@
+"""Tables of scores; and many runs side by side, from the eval.json of each: `python eval.py RUN RUN ...`.
+
+Runs that differ in nothing but the seed are one arm: mean and standard deviation over its seeds. An arm with
+a JEPA loss is held against the arm without one (lam = 0) that shares its other settings, on the seeds that
+both have: the mean difference, and a 95 % interval from 10,000 paired bootstrap samples, in which seeds and
+test items are drawn anew, with replacement, the same for both arms. With few seeds the interval is too
+narrow: five seeds are five draws of whatever a seed changes.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from files import BadInput, read_json
+
+JEPA = ("lam", "k", "distance", "temperature", "passes", "alpha", "pred_first", "reverse", "match_flops")
+PLACES = ("seed", "data_dir", "device")  # what may differ within an arm
+SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
+COLUMNS = (*SHARES, "ntp", "cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
+
+
+def markdown(rows: list[tuple]) -> str:
+    """A table of strings, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def shown(column: str, value: float) -> str:
+    """Shares in percent, the rest as it is."""
+    if column in SHARES or column.startswith("retrieval"):
+        return f"{100 * value:.2f}"
+    return str(value) if column == "n" else f"{value:.2f}" if column.startswith("rank") else f"{value:.4f}"
+
+
+def brief(result: dict) -> str:
+    """The first columns in one line."""
+    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
+    if "ntp" in result:
+        parts.append(f"ntp {result['ntp']:.4f}")
+    if "cos_paired" in result:
+        parts.append(f"cosine {result['cos_paired']:.3f} (shuffled pairs {result['cos_shuffled']:.3f})")
+    return ", ".join(parts)
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown: a row per model. A column that none has is left out."""
+    columns = [c for c in (*COLUMNS, "n") if any(r.get(c) is not None for r in results.values())]
+    return markdown([("model", *columns), *(
+        (name, *("-" if r.get(c) is None else shown(c, r[c]) for c in columns))
+        for name, r in results.items())])
+
+
+def from_hex(text: str, n: int) -> np.ndarray:
+    """(n,) verdicts, 0 or 1; see eval.to_hex."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n]
+
+
+def read_result(folder: str | Path) -> dict:
+    path = Path(folder) / "eval.json"
+    result = read_json(path)
+    if not {"config", "trained", "test", "files", "n"} <= result.keys():
+        raise BadInput(f"{path}: not a run's, or an older version's; python eval.py {folder} scores it again")
+    return result
+
+
+def paired_interval(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000) -> tuple[float, float, float]:
+    """(mean, low, high) of a - b; a, b (S, N): verdicts of the same S seeds on the same N items."""
+    difference, rng = a.astype(float) - b, np.random.default_rng(0)
+    S, N = difference.shape
+    means = [difference[rng.integers(S, size=S)].mean(0)[rng.integers(N, size=N)].mean()
+             for _ in range(n_samples)]
+    return difference.mean(), *np.quantile(means, [0.025, 0.975])
+
+
+def settings(config: dict, without: tuple[str, ...]) -> dict:
+    """match_flops names a run, and so a seed: what counts is whether it is given."""
+    return {name: bool(value) if name == "match_flops" else value for name, value in config.items()
+            if name not in without}
+
+
+def arms_of(results: dict[str, dict]) -> list[dict]:
+    """One entry an arm: its settings, the results of its seeds, and its name: what sets it apart. BadInput if
+    the runs saw different data, or if two are the same."""
+    first, arms = next(iter(results)), {}
+    for folder, result in results.items():
+        for what, same in (("test set", lambda r: r["test"]), ("training data", lambda r: (
+                r["files"], *(r["config"].get(name) for name in ("dataset", "n_train", "eval_split"))))):
+            if same(result) != same(results[first]):
+                raise BadInput(f"{folder} and {first}: not the same {what}; compare them apart")
+        arm = arms.setdefault(json.dumps(settings(result["config"], PLACES), sort_keys=True), {
+            "settings": settings(result["config"], PLACES), "seeds": {}})
+        seed = result["config"]["seed"]
+        if seed in arm["seeds"]:
+            raise BadInput(f"{folder}: seed {seed} of these settings is there twice")
+        arm["seeds"][seed] = result
+    for arm in arms.values():
+        apart = [name for name, value in arm["settings"].items()
+                 if any(other["settings"].get(name) != value for other in arms.values())]
+        arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in apart) or "all"
+    return list(arms.values())
+
+
+def baseline(arm: dict, arms: list[dict]) -> dict | None:
+    """The arm without a JEPA loss that shares the other settings."""
+    rest = settings(arm["settings"], JEPA)
+    plain = (other for other in arms if not other["settings"]["lam"])
+    return next((other for other in plain if settings(other["settings"], JEPA) == rest), None)
+
+
+def compare(results: dict[str, dict]) -> list[dict]:
+    """What the table shows, an entry an arm; results: what the eval.json of each folder holds."""
+    arms, rows = arms_of(results), []
+    for arm in arms:
+        runs = list(arm["seeds"].values())
+        row = {"arm": arm["name"], "settings": arm["settings"], "seeds": list(arm["seeds"]), "columns": {},
+               "n": runs[0]["n"], "minus_plain": {}}
+        for column in COLUMNS:
+            values = [run[column] for run in runs if run.get(column) is not None]
+            if values:
+                std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                row["columns"][column] = {"mean": float(np.mean(values)), "std": std}
+        for name in ("examples", "flops", "seconds"):
+            row[name] = float(np.mean([run["trained"][name] for run in runs]))
+        plain = baseline(arm, arms) if arm["settings"]["lam"] else None
+        common = [seed for seed in arm["seeds"] if plain and seed in plain["seeds"]]
+        for column in runs[0].get("items", {}) if common else ():
+            a, b = (np.stack([from_hex(of["seeds"][seed]["items"][column], row["n"]) for seed in common])
+                    for of in (arm, plain))
+            mean, low, high = paired_interval(a, b)
+            row["minus_plain"][column] = {"mean": mean, "low": low, "high": high, "seeds": common}
+        rows.append(row)
+    return rows
+
+
+def comparison(rows: list[dict]) -> str:
+    """Markdown: a row per arm."""
+    columns = [column for column in COLUMNS if any(column in row["columns"] for row in rows)]
+    against = [column for column in ("exact", "dfa_equal", "correct")
+               if any(column in row["minus_plain"] for row in rows)]
+
+    def cell(row: dict, column: str) -> str:
+        value = row["columns"].get(column)
+        if value is None:
+            return "-"
+        spread = "" if value["std"] is None else f" ± {shown(column, value['std'])}"
+        return shown(column, value["mean"]) + spread
+
+    def difference(row: dict, column: str) -> str:
+        d = row["minus_plain"].get(column)
+        return "-" if d is None else f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
+    head = ("arm", "seeds", *columns, *(f"{column} - plain" for column in against), "examples", "PFLOP")
+    return markdown([head, *((
+        row["arm"], str(len(row["seeds"])), *(cell(row, column) for column in columns),
+        *(difference(row, column) for column in against), f"{row['examples']:,.0f}",
+        f"{row['flops'] / 1e15:.3g}") for row in rows)])

@@ -1,0 +1,102 @@
+"""report.py: seeds together, arms apart, differences with honest intervals; and --match_flops."""
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_train import argv  # noqa: F401 (a fixture)
+
+import eval
+import train
+from eval import to_hex
+from files import BadInput
+from report import compare, comparison, from_hex, paired_interval, read_result
+
+
+def result(seed, exact, test="abc", files=("t", "u"), **changed):
+    """What an eval.json holds, as far as tables look at it."""
+    return {"config": {"dataset": "d", "n_train": 0, "eval_split": "test", "lam": 1.0, "k": 1, "seed": seed,
+                       "train_eos": True, "match_flops": "", "data_dir": "", "device": "cpu", **changed},
+            "n": len(exact), "test": test, "files": list(files), "exact": float(np.mean(exact)),
+            "items": {"exact": to_hex(exact)}, "trained": {"examples": 10, "flops": 2e15, "seconds": 1.0}}
+
+
+def test_verdicts_survive_packing():
+    for n in (1, 7, 8, 9, 2000):
+        flags = np.random.default_rng(n).random(n) < 0.5
+        assert from_hex(to_hex(flags.tolist()), n).tolist() == flags.tolist()
+
+
+def test_interval_of_one_seed_is_that_of_its_items():
+    """1.96 standard errors of the mean of the paired differences, to the noise of 10,000 samples."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 1, 2000)) < 0.8
+    mean, low, high = paired_interval(a, b)
+    d = a.astype(float) - b
+    error = d.std() / np.sqrt(2000)
+    assert mean == pytest.approx(d.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
+    assert paired_interval(a, a) == (0, 0, 0)
+
+
+def test_interval_grows_with_what_seeds_differ_in():
+    """All items of a seed move together: the spread of four seeds, not of 8,000 items, decides."""
+    plain = np.zeros((4, 2000), bool)
+    ours = np.repeat([[True], [False], [True], [False]], 2000, axis=1)
+    mean, low, high = paired_interval(ours, plain)
+    assert mean == 0.5 and low <= 0.25 and high >= 0.75
+
+
+def test_seeds_are_one_arm_and_differences_are_paired():
+    a, b, c = [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]
+    rows = compare({"p1": result(1, a, lam=0.0, k=0), "p2": result(2, b, lam=0.0, k=0),
+                    "j1": result(1, c), "j2": result(2, c), "j3": result(3, a),
+                    "n1": result(1, a, train_eos=False), "q1": result(1, c, match_flops="p1")})
+    assert [row["seeds"] for row in rows] == [[1, 2], [1, 2, 3], [1], [1]]
+    assert rows[0]["columns"]["exact"] == {"mean": 0.375, "std": pytest.approx(np.std([.5, .25], ddof=1))}
+    assert rows[0]["minus_plain"] == {}  # it is the plain one
+    assert rows[1]["minus_plain"]["exact"]["mean"] == pytest.approx(0.375)  # of seeds 1 and 2 alone
+    assert rows[1]["minus_plain"]["exact"]["seeds"] == [1, 2]
+    assert rows[2]["minus_plain"] == {}  # there is no plain arm whose end token is not trained
+    assert rows[3]["minus_plain"]["exact"]["mean"] == pytest.approx(0.25)
+    assert rows[1]["arm"] == "lam 1.0, k 1, train_eos True, match_flops False" and json.dumps(rows)
+    lines = comparison(rows).splitlines()
+    assert "| 37.50 ± 17.68 |" in lines[2] and "| +37.50 [" in lines[3] and len(lines) == 6
+
+
+@pytest.mark.parametrize("other,message", [
+    (result(2, [1, 0], test="x"), "^b and a: not the same test set"),
+    (result(2, [1, 0], files=("t", "v")), "^b and a: not the same training data"),
+    (result(2, [1, 0], n_train=5), "^b and a: not the same training data"),
+    (result(1, [1, 0]), "^b: seed 1 of these settings is there twice"),
+])
+def test_what_cannot_be_compared_is_refused(other, message):
+    with pytest.raises(BadInput, match=message):
+        compare({"a": result(1, [1, 0]), "b": other})
+
+
+def test_results_of_older_versions_are_refused(tmp_path):
+    (tmp_path / "eval.json").write_text('{"exact": 0.5}')
+    with pytest.raises(BadInput, match="eval.json: not a run's, or an older version's"):
+        read_result(tmp_path)
+
+
+def test_equal_operations_and_the_table_of_runs(argv, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Plain training that may take as many operations as the JEPA run stops at the first step that reaches
+    them; the table says what each took."""
+    runs = {name: str(tmp_path / name) for name in ("jepa", "plain", "matched")}
+    jepa = train.train(train.parse_config([*argv, "--out", runs["jepa"]]))
+    plain = train.train(train.parse_config([*argv, "--lam", "0", "--out", runs["plain"]]))
+    at = argv.index("--epochs")
+    matched = train.train(train.parse_config([*argv[:at], *argv[at + 2:], "--lam", "0", "--match_flops",
+                                              runs["jepa"], "--out", runs["matched"]]))
+    took = jepa["trained"]["flops"]
+    rows = [json.loads(line) for line in open(runs["matched"] + "/metrics.jsonl") if "loss" in line]
+    assert plain["trained"]["flops"] < 0.9 * took and rows[-2]["flops"] < took <= rows[-1]["flops"]
+    assert rows[-1]["flops"] == matched["trained"]["flops"] and rows[-1]["lr"] < 1e-5
+    assert plain["trained"]["examples"] == jepa["trained"]["examples"] < matched["trained"]["examples"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["eval.py", *runs.values(), "--json", str(tmp_path / "t.json")])
+    eval.main()
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert [len(row["seeds"]) for row in json.loads((tmp_path / "t.json").read_text())] == [1, 1, 1]
