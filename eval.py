@@ -29,12 +29,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data import Dataset, Example, announce, collate_three, fit_splits, fitting, load_dataset
 from data import render_prompt, render_views
+from embeddings import analyse, embed_pairs, plot, targets
 from files import BadInput, Parser, main_guard, read_json, write_text
-from jepa_loss import collapse_report, ntp, pick
+from jepa_loss import collapse_report, ntp
 from model import DEVICES, KVCache, Transformer, pick_device
 from report import compare, comparison, read_result, table
 from runs import summary
@@ -146,20 +146,6 @@ def score(examples: list[Example], answers: list[str], stopped: list[bool], seen
 
 
 @torch.inference_mode()
-def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 64,
-                **view_options) -> tuple[Tensor, Tensor]:
-    """pred and enc of every example, each (N, C), from the passes of jepa_loss.three_pass."""
-    views = [render_views(example, tokenizer, **view_options) for example in examples]
-    pred, enc = [], []
-    for start in range(0, len(views), chunk):
-        part = views[start:start + chunk]
-        batch = collate_three(part, [True] * len(part)).to(model.device)
-        pred.append(pick(model(batch.pred_ids), batch.pred_at))
-        enc.append(pick(model(batch.enc_ids), batch.enc_at))
-    return torch.cat(pred), torch.cat(enc)
-
-
-@torch.inference_mode()
 def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 16,
              **view_options) -> float:
     """Next-token loss per target, over all examples."""
@@ -198,9 +184,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
         result = score(test, answers, stopped, data.seen, scorer_of(data.name, data.folder))
     sample = test[:512]
     if len(sample) > 1:
-        targets = [e.text_view or e.text if view_options["reverse"] else e.code_view or e.code
-                   for e in sample]
-        result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options), targets)
+        result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options),
+                                  targets(sample, view_options["reverse"]))
     model.train(training)
     digest = sha256("".join(json.dumps([e.text, e.code]) for e in test).encode()).hexdigest()[:16]
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
@@ -242,11 +227,10 @@ def load_run(folder: str | Path) -> dict:
     return run
 
 
-def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool = False,
-              max_new_tokens: int | None = None, device: str = "auto") -> dict:
-    """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
-    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
-    """
+def reopen(folder: str | Path, data_dir: str | None, other_data: bool,
+           device: str) -> tuple[Transformer, Tokenizer, Dataset, dict, bool]:
+    """A finished run's model, tokenizer, data (examples that do not fit left out) and view options; are the
+    data's files its own? If not, other_data must be set."""
     run = load_run(folder)
     c = run["config"]
     model, tokenizer = load_model(folder, device, c["format"])
@@ -260,12 +244,39 @@ def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool 
                        f"files ({data.source}); --other_data scores on them")
     options = {name: c[name] for name in VIEW_OPTIONS}
     fit_splits(data, tokenizer, model.config.max_seq_len, c["on_long"], **options)
+    return model, tokenizer, data, options, same
+
+
+def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool = False,
+              max_new_tokens: int | None = None, device: str = "auto") -> dict:
+    """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
+    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
+    """
+    run = load_run(folder)
+    model, tokenizer, data, options, same = reopen(folder, data_dir, other_data, device)
     result, _ = evaluate(model, tokenizer, data, options, max_new_tokens or run["max_new_tokens"])
     if max_new_tokens is None and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
         result |= summary(Path(folder)) if same else {}
         write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def show_embeddings(folders: list[str], data_dir: str | None = None, plot_to: str | None = None,
+                    device: str = "auto") -> dict[str, dict]:
+    """embeddings.analyse of each run, on its whole test split; written to embeddings.json in its folder."""
+    results, embedded = {}, {}
+    for folder in folders:
+        model, tokenizer, data, options, _ = reopen(folder, data_dir, False, device)
+        test = list(data.test)
+        text, enc = embed_pairs(model, tokenizer, test, **options | {"k": 0, "pred_first": False})
+        pred, _ = embed_pairs(model, tokenizer, test, **options)
+        results[folder] = analyse(text, pred, enc, targets(test, options["reverse"])) | {"n": len(test)}
+        embedded[folder] = text, enc
+        write_text(Path(folder) / "embeddings.json", json.dumps(results[folder], indent=2) + "\n")
+    if plot_to:
+        plot(folders, embedded, {folder: r["singular_values"] for folder, r in results.items()}, plot_to)
+    return results
 
 
 def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "data", test_file: str = "",
@@ -301,6 +312,8 @@ def main() -> None:
     parser.add_argument("--other_data", action="store_true",
                         help="score on other files than the run's: a run on generated data on the published")
     parser.add_argument("--json", help="with several runs: write all numbers to this file")
+    parser.add_argument("--embeddings", action="store_true", help="look at the embeddings instead of scoring")
+    parser.add_argument("--plot", help="with --embeddings: draw into this folder")
     parser.add_argument("--prompt", help="answer this text instead of scoring")
     parser.add_argument("--system", help="with --prompt: the instruction (default: that of the run's data)")
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
@@ -309,17 +322,21 @@ def main() -> None:
     given = {name: value for name, value in vars(args).items() if value not in (None, False)}
     common = {name: given.pop(name) for name in ("max_new_tokens", "device") if name in given}
     models = given.pop("models")
-    mode = "prompt" if "prompt" in given else "dataset" if "dataset" in given else "run"
-    several = mode == "run" and len(models) > 1
-    takes = {"prompt": {"prompt", "format", "system"},
-             "run": {"json"} if several else {"data_dir", "other_data"},
+    mode = next((mode for mode in ("prompt", "dataset", "embeddings") if mode in given),
+                "run" if len(models) == 1 else "runs")
+    takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"}, "runs": {"json"},
+             "embeddings": {"embeddings", "data_dir", "plot"},
              "dataset": {"dataset", "test_file", "n_test", "on_long", "format", "data_dir"}}[mode]
     own = args.dataset and args.dataset.endswith(".jsonl")
     takes -= {"data_dir"} if own else {"test_file"}
+    if mode in ("runs", "embeddings"):
+        given |= {name: value for name, value in common.items() if (mode, name) != ("embeddings", "device")}
     idle = [f"--{name}" for name in given if name not in takes]
     if idle:
-        raise BadInput(f"{', '.join(idle)}: no effect " + (
-            f"with --{mode} {given[mode]}" if mode in given else "without --dataset or --prompt"))
+        why = {"prompt": f"with --prompt {args.prompt}", "dataset": f"with --dataset {args.dataset}",
+               "embeddings": "with --embeddings", "run": "without --dataset, --prompt or several runs",
+               "runs": "with several runs, whose eval.json are compared"}[mode]
+        raise BadInput(f"{', '.join(idle)}: no effect {why}")
     for name in ("max_new_tokens", "n_test"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -329,7 +346,10 @@ def main() -> None:
         for folder in models:
             print(answer_prompt(folder, **common, **given))
         return
-    if several:
+    if mode == "embeddings":
+        print(table(show_embeddings(models, args.data_dir, args.plot, args.device)))
+        return
+    if mode == "runs":
         rows = compare({folder: read_result(folder) for folder in models})
         print(comparison(rows))
         if args.json:

@@ -96,6 +96,11 @@ def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
     return F.cross_entropy(similarity / temperature, own, reduction="none")
 
 
+def stop_gradient(distance: Callable) -> Callable:
+    """The same d, whose gradient flows into pred alone (SimSiam, arXiv 2011.10566)."""
+    return lambda pred, enc: distance(pred, enc.detach())
+
+
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
 
 

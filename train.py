@@ -35,7 +35,8 @@ from data import PUBLISHED, Dataset, Rendered, Sampler, Shape, Views, ahead, ann
 from data import collate_three, fit_splits, load_dataset, loss_dropout, pack
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from files import BadInput, Parser, main_guard, read_json, write_text
-from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, three_pass, total_loss
+from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
+from jepa_loss import total_loss
 from model import DEVICES, PRESETS, ModelConfig, Transformer, device_available, pick_device
 from published import sha256
 from report import brief, table
@@ -80,6 +81,7 @@ class Config:
     k: int = opt(1, "predictor tokens; 0: Pred is the identity")
     distance: Literal[tuple(DISTANCES)] = opt("cosine", "d")
     temperature: float = opt(0.07, "of --distance infonce")
+    stop_gradient: bool = opt(False, "no gradient into Enc(Code), the target")
     passes: Literal["fused", "three"] = opt("fused", "one masked pass, or three: the same losses")
     alpha: float = opt(0.0, "loss dropout: each example goes without its views with this probability")
     ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code")
@@ -170,7 +172,8 @@ def check(c: Config, given: set[str]) -> list[str]:
         problems.extend(f"--{name} has no effect {why}" for name in names if name in given)
 
     if not c.lam:
-        inert(("k", "distance", "temperature", "passes", "alpha", "pred_first", "reverse"), "with --lam 0")
+        inert(("k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first", "reverse"),
+              "with --lam 0")
         if not c.gamma:
             problems.append("--lam 0 --gamma 0: nothing to train on")
     else:
@@ -280,6 +283,8 @@ class Step(nn.Module):
         self.distance = DISTANCES[c.distance]
         if c.distance == "infonce":
             self.distance = partial(self.distance, temperature=c.temperature)
+        if c.stop_gradient:
+            self.distance = stop_gradient(self.distance)
 
     def forward(self, batch) -> Losses:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):

@@ -177,6 +177,9 @@ def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
     (["nowhere"], "run.json: no such file; --dataset scores a model that is no run"),
     (["x", "--dataset", "b", "--other_data", "--system", "c"], "--other_data, --system: no effect"),
     (["x", "--n_test", "5"], "--n_test: no effect without --dataset"),
+    (["x", "y", "--device", "cpu", "--other_data"], "--other_data, --device: no effect with several runs"),
+    (["x", "--embeddings", "--max_new_tokens", "5"], "--max_new_tokens: no effect with --embeddings"),
+    (["x", "--plot", "y"], "--plot: no effect without"),
     (["x", "--dataset", "nlrx_synth", "--n_test", "0"], "--n_test 0: must be at least 1"),
     (["nowhere", "--prompt", "a"], "config.json: no such file")])
 def test_wrong_arguments(arguments, message, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data import Shape, collate_fused, collate_three, render_views
 from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, flex_mask, fused, infonce, ntp, pick
-from jepa_loss import rank_me, three_pass, total_loss
+from jepa_loss import rank_me, stop_gradient, three_pass, total_loss
 from tokenizer import FORMAT_TOKENS, Tokenizer
 
 
@@ -56,6 +56,23 @@ def test_three_pass_equals_fused_for_all_distances_and_labels(tiny, tokenizer, e
     views = [render_views(e, tokenizer, **labels) for e in examples]
     slow = losses_and_gradients(tiny(), three_pass, collate_three(views, [True] * 5), distance)
     assert_same(slow, losses_and_gradients(tiny(), fused, collate_fused(views, [True] * 5, 100), distance))
+
+
+@pytest.mark.parametrize("passes,collate", [(three_pass, collate_three), (fused, collate_fused)])
+def test_stop_gradient_is_that_of_a_constant_target(tiny, tokenizer, examples, passes, collate):
+    """The same losses; the gradient is that of the same step with Enc(Code) as computed before."""
+    model, batch = tiny(1), collate([render_views(e, tokenizer) for e in examples], [True] * 5)
+    constant = []
+
+    def recorded(pred, enc):
+        constant.append(enc.detach().clone())
+        return cosine(pred, enc)
+    free = losses_and_gradients(model, passes, batch, recorded)
+    stopped = losses_and_gradients(model, passes, batch, stop_gradient(cosine))
+    fixed = losses_and_gradients(model, passes, batch, lambda pred, _: cosine(pred, constant[0]))
+    assert_same(stopped, fixed)
+    assert stopped[:2] == free[:2]
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(free[2].values(), stopped[2].values(), strict=True))
 
 
 def test_views_that_are_no_prefix_of_main(tiny, tokenizer, examples):

@@ -1,0 +1,73 @@
+"""embeddings.py: numbers whose answer is known, and the pictures of small runs."""
+import json
+import sys
+
+import pytest
+import torch
+from test_train import argv  # noqa: F401 (a fixture)
+
+import embeddings
+import eval
+import train
+from embeddings import analyse, curves, linear_map_error
+from files import BadInput
+
+
+def test_error_of_a_linear_map():
+    """Nothing for an affine function, little more than the noise's share with noise, 1 and more for
+    strangers."""
+    g = torch.Generator().manual_seed(0)
+    x, matrix = torch.randn(2000, 16, generator=g), torch.randn(16, 16, generator=g)
+    y = x @ matrix + 5
+    assert linear_map_error(x, y) < 1e-9
+    noise = torch.randn(2000, 16, generator=g) * y.std(0)
+    assert linear_map_error(x, y + noise) == pytest.approx(0.5, abs=0.03)
+    assert 1 < linear_map_error(x, y.roll(-1, 0)) < 1.1
+    collapsed = x[:1] + 1e-3 * x[:, :2] @ torch.randn(2, 16, generator=g)  # two directions are left
+    assert linear_map_error(collapsed, y) == pytest.approx(14 / 16, abs=0.15)
+
+
+def test_analysis_of_a_constant_shift():
+    """Enc(Code) = Enc(Text) + c: one singular value, rank 1, a perfect linear map."""
+    g = torch.Generator().manual_seed(0)
+    text = torch.randn(100, 8, generator=g)
+    found = analyse(text, text, text + 2, [str(i) for i in range(100)])
+    assert found["singular_values"][0] == pytest.approx(2 * (100 * 8) ** 0.5, rel=1e-5)
+    assert found["singular_values"][1] < 1e-4 and found["rank_difference"] == pytest.approx(1, abs=1e-3)
+    assert found["linear_error"] < 1e-9 and found["linear_error_shuffled"] > 0.9
+    with pytest.raises(BadInput, match="--embeddings: 18 pairs are too few to fit a map of width 8"):
+        analyse(text[:18], text[:18], text[:18], ["x"] * 18)
+
+
+@pytest.fixture
+def three_runs(argv, tmp_path):  # noqa: F811
+    """Two seeds with JEPA and one run without, of width 32, with 70 test pairs."""
+    test = tmp_path / "test.jsonl"
+    rows = ({"text": f"number {i}", "code": f"{i}[a-z]"} for i in range(70))
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [*argv[:2], "--test_file", str(test), *argv[4:], "--epochs", "3", "--log_every", "2"]
+    folders = [str(tmp_path / name) for name in "abc"]
+    for folder, flags in zip(folders, ([], ["--seed", "1"], ["--lam", "0"]), strict=True):
+        train.train(train.parse_config([*argv, *flags, "--out", folder]))
+    return folders
+
+
+def test_embeddings_and_pictures_of_runs(three_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *three_runs, "--embeddings", "--plot", str(tmp_path / "p")])
+    capsys.readouterr()
+    eval.main()
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]) == 5
+    for folder in three_runs:
+        found = json.loads(open(f"{folder}/embeddings.json").read())
+        assert found["n"] == 70 and len(found["singular_values"]) == 32
+    for name in ("learning_curves", "tsne", "singular_values"):
+        content = (tmp_path / "p" / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert set(curves(three_runs[0])) == {"ntp", "jepa", "exact", "cos_paired", "cos_shuffled"}
+    assert curves(three_runs[0])["exact"][:, 0].tolist() == [1, 2]  # a look after every epoch but the last
+
+
+def test_pictures_want_their_packages(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(BadInput, match="--plot needs .*: pip install -r requirements-plot.txt"):
+        embeddings.plot([], {}, {}, tmp_path)
