@@ -374,6 +374,7 @@ class FusedBatch(Batch):
     n_pairs: int
     n_real: int
     n_visible: int
+    tube_at: Tensor | None = None  # (3, N), see jepa_loss.tube
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -541,6 +542,13 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
     at = [torch.as_tensor(x) if len(x) else None for x in (pred_at, enc_at)]
     return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, weight, n_tokens, len(examples),
                       sum(lengths), sum(tree.n_visible() for tree in trees))
+
+
+def tube_positions(lengths: list[int], row_len: int, draws: np.ndarray) -> Tensor:
+    """(3, N), flat: positions s < r < t of row i's first lengths[i] tokens (3 or more), from draws (N, 3),
+    each uniform in [0, 1)."""
+    places = (np.sort(draws, axis=1) * (np.array(lengths)[:, None] - 2)).astype(np.int64) + [0, 1, 2]
+    return torch.from_numpy((places + row_len * np.arange(len(lengths))[:, None]).T.copy())
 
 
 class Sampler:

@@ -101,6 +101,14 @@ def stop_gradient(distance: Callable) -> Callable:
     return lambda pred, enc: distance(pred, enc.detach())
 
 
+def tube(hidden: Tensor, at: Tensor) -> Tensor:
+    """Semantic Tube Prediction (arXiv 2602.22617), which takes the place of d: 1 - cos(h_t - h_r, h_r - h_s),
+    so that the hidden states of a sequence run straight ahead. hidden (B, T, C), at (3, N): s < r < t of each
+    sequence, flat -> (N,)."""
+    s, r, t = (wide(pick(hidden, which)) for which in at)
+    return 1 - F.cosine_similarity(t - r, r - s, dim=-1)
+
+
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
 
 
@@ -159,7 +167,8 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
 
     ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
     each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0
-    for pairs that only fill up a fixed shape. masking: dense_mask or flex_mask.
+    for pairs that only fill up a fixed shape. tube_at (3, N), or None: see `tube`. masking: dense_mask or
+    flex_mask.
     """
     if isinstance(batch.segment, list):
         mask = [masking(*kind) for kind in zip(batch.segment, batch.parent, strict=True)]
@@ -167,6 +176,8 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
         mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
     ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
+    if batch.tube_at is not None:
+        return Losses(ntp_sum, batch.n_tokens, tube(hidden, batch.tube_at).sum(), batch.n_pairs)
     if batch.pred_at is None:  # lam = 0: no views at all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred, enc = pick(hidden, batch.pred_at), pick(hidden, batch.enc_at)  # (N, C) each

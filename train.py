@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import ranks
 from data import PUBLISHED, Dataset, Rendered, Sampler, Shape, Views, ahead, announce, collate_fused
-from data import collate_three, fit_splits, load_dataset, loss_dropout, pack
+from data import collate_three, fit_splits, load_dataset, loss_dropout, pack, tube_positions
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
@@ -77,6 +77,7 @@ class Config:
     max_seq_len: int = opt(0, "context in tokens; 0: the preset's")
     # objective: gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code))
     lam: float = opt(1.0, "weight of the JEPA loss; 0: plain next-token training")
+    objective: Literal["jepa", "stp"] = opt("jepa", "stp: Semantic Tube Prediction in place of d: no views")
     gamma: float = opt(1.0, "weight of the next-token loss")
     k: int = opt(1, "predictor tokens; 0: Pred is the identity")
     distance: Literal[tuple(DISTANCES)] = opt("cosine", "d")
@@ -146,10 +147,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
         raise BadInput("; ".join(problems))
     if not config.init_from:
         model_config(config, config.vocab_size)  # raises where the shape makes no sense
-    if not config.lam:
+    if not config.lam or config.objective == "stp":
         config.k = 0  # no predictor tokens: none would be trained
     config.out = config.out or str(Path("runs") / describe(config))
     return config
+
+
+OF_VIEWS = ("k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first", "reverse")
 
 
 def check(c: Config, given: set[str]) -> list[str]:
@@ -172,11 +176,12 @@ def check(c: Config, given: set[str]) -> list[str]:
         problems.extend(f"--{name} has no effect {why}" for name in names if name in given)
 
     if not c.lam:
-        inert(("k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first", "reverse"),
-              "with --lam 0")
+        inert((*OF_VIEWS, "objective"), "with --lam 0")
         if not c.gamma:
             problems.append("--lam 0 --gamma 0: nothing to train on")
     else:
+        if c.objective == "stp":
+            inert((*OF_VIEWS, "row_len", "attention"), "with --objective stp: no views, an example a row")
         if not c.gamma:
             inert(("ntp_on", "train_eos"), "with --gamma 0")
         if not c.k:
@@ -229,7 +234,9 @@ def describe(c: Config) -> str:
     parts = [Path(c.dataset).stem]
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
-        if f.name in ("dataset", "data_dir", "test_file", "device", "out") or f.name == "k" and not c.lam:
+        if f.name in ("dataset", "data_dir", "test_file", "device", "out"):
+            continue
+        if f.name == "k" and (not c.lam or c.objective == "stp"):
             continue
         if f.name in ("init_from", "match_flops"):
             parts.extend([f.name.removeprefix("init_"), Path(value).name] if value else [])
@@ -304,12 +311,19 @@ def groups(c: Config, n: int) -> list[range]:
 def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
                   shape: Shape | None = None) -> list:
     """This rank's share of the step's examples, collated in groups of at most --micro_batch."""
-    keep = loss_dropout(len(indices), c.alpha, c.seed, step) if c.lam else [False] * len(indices)
+    views = c.lam and c.objective == "jepa"
+    keep = loss_dropout(len(indices), c.alpha, c.seed, step) if views else [False] * len(indices)
     collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
     mine = groups(c, len(indices))
     if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
         return [replace(collate([NOTHING], [False]), n_pairs=0, n_real=0, n_visible=0)]
-    return [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
+    batches = [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
+    if c.objective == "stp":
+        draws = np.random.default_rng([c.seed, step, 3]).random((len(indices), 3))
+        for group, batch in zip(mine, batches, strict=True):
+            lengths = [len(train[indices[i]].main) for i in group]
+            batch.tube_at = tube_positions(lengths, batch.ids.shape[1], draws[group])
+    return batches
 
 
 def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:

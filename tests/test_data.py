@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Example, Sampler, collate_fused, collate_three, lay_out, load_dataset
-from data import fitting, loss_dropout, pack, picture, read_jsonl, render_views
+from data import fitting, loss_dropout, pack, picture, read_jsonl, render_views, tube_positions
 from files import BadInput
 from tokenizer import Tokenizer
 
@@ -141,6 +141,20 @@ def test_packing_loses_nothing(lengths, row_len):
     rows = pack(lengths, row_len)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= row_len or len(row) == 1 for row in rows)
+
+
+@given(st.lists(st.integers(3, 50), min_size=1, max_size=20), st.integers(0, 2**32))
+def test_tube_positions_are_three_of_each_row_in_order(lengths, seed):
+    at = tube_positions(lengths, 60, np.random.default_rng(seed).random((len(lengths), 3))).numpy()
+    columns = at - 60 * np.arange(len(lengths))
+    assert at.shape == (3, len(lengths)) and (columns[0] >= 0).all() and (columns[2] < lengths).all()
+    assert (columns[0] < columns[1]).all() and (columns[1] < columns[2]).all()
+
+
+def test_tube_positions_reach_every_token():
+    draws = np.random.default_rng(0).random((500, 3))
+    columns = tube_positions([5] * 500, 5, draws).numpy() - 5 * np.arange(500)
+    assert [sorted(set(row)) for row in columns.tolist()] == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
 
 
 def test_segments_are_unique_in_a_row(tokenizer, examples):

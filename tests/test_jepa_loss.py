@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data import Shape, collate_fused, collate_three, render_views
 from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, flex_mask, fused, infonce, ntp, pick
-from jepa_loss import rank_me, stop_gradient, three_pass, total_loss
+from jepa_loss import rank_me, stop_gradient, three_pass, total_loss, tube
 from tokenizer import FORMAT_TOKENS, Tokenizer
 
 
@@ -73,6 +73,20 @@ def test_stop_gradient_is_that_of_a_constant_target(tiny, tokenizer, examples, p
     assert_same(stopped, fixed)
     assert stopped[:2] == free[:2]
     assert any((a - b).abs().max() > 1e-6 for a, b in zip(free[2].values(), stopped[2].values(), strict=True))
+
+
+def test_tube(tiny, tokenizer, examples):
+    """By hand, on two rows: 0 where three states lie on a line, and 1 - cos of the two steps elsewhere."""
+    hidden = torch.zeros(2, 4, 2, dtype=torch.float64)
+    hidden[0] = torch.tensor([[0, 0], [1, 1], [9, 9], [3, 3]])
+    hidden[1] = torch.tensor([[0, 0], [2, 0], [2, 5], [0, 0]])
+    found = tube(hidden, torch.tensor([[0, 4, 5], [1, 5, 6], [3, 6, 7]]))
+    assert found.tolist() == pytest.approx([0, 1, 1 + 5 / 29**0.5])
+    batch = collate_fused([render_views(e, tokenizer, 0) for e in examples], [False] * 5)
+    batch.tube_at = torch.tensor([[0, 1], [2, 5], [6, 7]])
+    _, jepa, gradients = losses_and_gradients(tiny(0), fused, batch)
+    assert jepa == pytest.approx(tube(tiny(0)(batch.ids), batch.tube_at).sum().item())
+    assert gradients["layers.0.self_attn.q_proj.weight"].abs().max() > 0
 
 
 def test_views_that_are_no_prefix_of_main(tiny, tokenizer, examples):

@@ -135,7 +135,8 @@ def test_micro_batches_equal_the_big_batch(argv, tmp_path):
     """Float64: 1 x 32 and 4 x 8, gradients of a step and weights after 50 steps, to 1e-9, in both arms. The
     official code divides one arm's gradient by the number of micro-batches and not the other's."""
     flags = ["--dtype", "float64", "--batch_size", "32", "--epochs", "50", "--max_steps", "50"]
-    for name, more in (("plain", ["--lam", "0"]), ("jepa", ["--alpha", "0.5", "--k", "2"])):
+    for name, more in (("plain", ["--lam", "0"]), ("jepa", ["--alpha", "0.5", "--k", "2"]),
+                       ("stp", ["--objective", "stp"])):
         runs = [tmp_path / f"{name}{size}" for size in (0, 8)]
         for run, size in zip(runs, ("0", "8"), strict=True):
             train.train(train.parse_config([*argv, *flags, *more, "--micro_batch", size, "--out", str(run)]))
@@ -474,6 +475,7 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--fixed_shapes", "--fixed_shapes has no effect without --row_len"),
     ("--fixed_shapes --row_len 500 --distance infonce", "which --distance infonce would contrast with"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
+    ("--objective stp --k 2 --row_len 64", "--k has no effect with --objective stp"),
     ("--device cpu --dtype tf32", "--dtype tf32 needs CUDA"),
     ("--test_file x.jsonl", "--test_file has no effect with a published dataset"),
     ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
