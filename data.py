@@ -52,11 +52,13 @@ class Example:
 class Examples(Sequence):
     """The examples of a file, read when they are asked for: of a million lines 24 bytes each are kept.
 
-    at (N, 3): where each line begins in the file, its length in bytes, its number for messages.
+    at (N, 3): where each line begins in the file, its length in bytes, its number (from 1). view2: the
+    examples of another file, whose text on the same line is the code view (load_dataset).
     """
 
-    def __init__(self, path: Path, at: np.ndarray, text_only: bool = False):
-        self.path, self.at, self.text_only = path, at, text_only
+    def __init__(self, path: Path, at: np.ndarray, text_only: bool = False,
+                 view2: "Examples | None" = None):
+        self.path, self.at, self.text_only, self.view2 = path, at, text_only, view2
         self.file = open(path, "rb")
 
     def __len__(self) -> int:
@@ -64,10 +66,16 @@ class Examples(Sequence):
 
     def __getitem__(self, i: int | slice | np.ndarray):
         if not isinstance(i, (int, np.integer)):
-            return Examples(self.path, self.at[i], self.text_only)
+            return Examples(self.path, self.at[i], self.text_only, self.view2)
         start, length, number = self.at[i].tolist()
         line = os.pread(self.file.fileno(), length, start)  # has no position: any thread may read
-        return replace(read_line(line, f"{self.path}:{number}"), text_only=self.text_only)
+        example = replace(read_line(line, f"{self.path}:{number}"), text_only=self.text_only)
+        if self.view2 is None:
+            return example
+        other = self.view2[int(np.searchsorted(self.view2.at[:, 2], number))]
+        if other.code != example.code:
+            raise BadInput(f"{other.where}: not the code of {example.where}, so no other text of it")
+        return replace(example, code_view=other.text)
 
 
 @dataclass
@@ -178,16 +186,24 @@ def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, 
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
-                 eval_split: str = "test", n_test: int = 0) -> Dataset:
+                 eval_split: str = "test", n_test: int = 0, view2: str = "") -> Dataset:
     """The train and test pairs of a published dataset or of your own files.
 
     name             a key of PUBLISHED, or the path of a JSONL file, with test_file beside it
     n_train, n_test  use the first so many examples; 0: all
     eval_split       "valid": the last tenth of train is held out and stands in for the test split, which is
                      not read
+    view2            a file with another text for the code of every line of the train split: in training, that
+                     text is the code view, so a JEPA loss is between paraphrases
     """
     paths, source = dataset_paths(name, Path(data_dir), test_file)
     train = read_jsonl(paths["train"])
+    if view2:
+        paths["view2"], other = Path(view2), read_jsonl(view2)
+        if other.at[:, 2].tolist() != train.at[:, 2].tolist():
+            raise BadInput(f"{view2}: has {len(other)} examples, {paths['train']} {len(train)}; they must "
+                           "stand on the same lines")
+        train.view2 = other
     files = {str(path): sha256(path) for path in paths.values() if path.is_file()}
     if eval_split == "valid":
         cut = len(train) - len(train) // 10

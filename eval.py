@@ -219,8 +219,8 @@ def load_run(folder: str | Path) -> dict:
     if not path.exists():
         raise BadInput(f"{path}: no such file; --dataset scores a model that is no run of train.py")
     run = read_json(path)
-    needed = {"dataset", "data_dir", "test_file", "n_train", "n_test", "eval_split", "on_long", "format",
-              *VIEW_OPTIONS}
+    needed = {"dataset", "data_dir", "test_file", "view2", "n_train", "n_test", "eval_split", "on_long",
+              "format", *VIEW_OPTIONS}
     known = {"config", "source", "files", "max_new_tokens"} <= run.keys()
     if not known or not isinstance(run["config"], dict) or not needed <= run["config"].keys():
         raise BadInput(f"{path}: not written by this program's train.py")
@@ -235,7 +235,7 @@ def reopen(folder: str | Path, data_dir: str | None, other_data: bool,
     c = run["config"]
     model, tokenizer = load_model(folder, device, c["format"])
     data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"], c["n_test"])
+                        c["eval_split"], c["n_test"], c["view2"])
     announce(data)
     check_databases(data)
     same = list(data.files.values()) == list(run["files"].values())
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--prompt", help="answer this text instead of scoring")
     parser.add_argument("--system", help="with --prompt: the instruction (default: that of the run's data)")
     parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, help="(default: auto)")
     args = parser.parse_args()
     given = {name: value for name, value in vars(args).items() if value not in (None, False)}
     common = {name: given.pop(name) for name in ("max_new_tokens", "device") if name in given}
@@ -347,7 +347,7 @@ def main() -> None:
             print(answer_prompt(folder, **common, **given))
         return
     if mode == "embeddings":
-        print(table(show_embeddings(models, args.data_dir, args.plot, args.device)))
+        print(table(show_embeddings(models, args.data_dir, args.plot, args.device or "auto")))
         return
     if mode == "runs":
         rows = compare({folder: read_result(folder) for folder in models})

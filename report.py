@@ -13,8 +13,8 @@ import numpy as np
 
 from files import BadInput, read_json
 
-JEPA = ("lam", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first",
-        "reverse", "match_flops")
+JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
+        "pred_first", "reverse", "match_flops")
 PLACES = ("seed", "data_dir", "device")  # what may differ within an arm
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
 COLUMNS = (*SHARES, "ntp", "cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc",

@@ -92,8 +92,10 @@ def summary(folder: Path) -> dict:
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         trained = {name: row[name] for name in ("step", "examples", "tokens", "flops", "seconds")}
+    view2 = str(Path(run["config"]["view2"]))  # no baseline has it
     return {"config": {name: value for name, value in run["config"].items() if name != "out"},
-            "files": list(run["files"].values()), "init": list(run["init"].values()),
+            "files": [digest for path, digest in run["files"].items() if path != view2],
+            "init": list(run["init"].values()),
             **{name: run[name] for name in ("dtype", "device", "versions", "git_commit")}, "trained": trained}
 
 

@@ -58,6 +58,7 @@ class Config:
     dataset: str = opt("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file")
     data_dir: str = opt("data", "where the published files are")
     test_file: str = opt("", "the test split of a dataset of your own")
+    view2: str = opt("", "a file with other texts for the codes of train, line by line: the view to predict")
     n_train: int = opt(0, "train on the first N examples; 0: all")
     n_test: int = opt(0, "score on the first N examples; 0: all")
     eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, held out")
@@ -153,7 +154,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return config
 
 
-OF_VIEWS = ("k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first", "reverse")
+OF_VIEWS = ("view2", "k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first",
+            "reverse")
 
 
 def check(c: Config, given: set[str]) -> list[str]:
@@ -238,7 +240,7 @@ def describe(c: Config) -> str:
             continue
         if f.name == "k" and (not c.lam or c.objective == "stp"):
             continue
-        if f.name in ("init_from", "match_flops"):
+        if f.name in ("init_from", "match_flops", "view2"):
             parts.extend([f.name.removeprefix("init_"), Path(value).name] if value else [])
         elif value != (FINE_TUNING if c.init_from else {}).get(f.name, f.default):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
@@ -440,7 +442,7 @@ def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
     device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
     with ranks.zero_first():
-        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test, c.view2)
         announce(data)
         check_databases(data)
         model, tokenizer = make_model(c, data)

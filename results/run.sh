@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1
 shift
-wanted=" ${*:-choice stopping turk} "
+wanted=" ${*:-stopping turk} "
 seeds="82 23 37 84 4"
 
 run() {  # SECTION NAME FLAGS
@@ -27,12 +27,6 @@ run() {  # SECTION NAME FLAGS
 }
 
 list() {  # what to run, a line each: SECTION NAME FLAGS
-    # how long to train: plain training, one seed, on the held-out tenth of train
-    for lr in 5e-4 1e-3 2e-3; do
-        for epochs in 4 6; do
-            echo choice lr$lr-epochs$epochs --lam 0 --eval_split valid --lr $lr --epochs $epochs
-        done
-    done
     for seed in $seeds; do
         for eos in train_eos no-train_eos; do
             common="--epochs 4 --$eos --seed $seed"

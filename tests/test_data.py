@@ -143,6 +143,26 @@ def test_packing_loses_nothing(lengths, row_len):
     assert all(sum(lengths[i] for i in row) <= row_len or len(row) == 1 for row in rows)
 
 
+def test_another_text_as_the_code_view(tmp_path):
+    """Line by line, blank lines and the held-out tenth included; the code itself is still what is learnt."""
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    rows = [[json.dumps({"text": f"{who} {i}", "code": f"c{i}"}) for i in range(20)] for who in ("a", "b")]
+    for path, lines in zip((mine, other), rows, strict=True):
+        path.write_text("\n".join([*lines[:3], "", *lines[3:]]))
+    data = load_dataset(str(mine), eval_split="valid", view2=str(other))
+    assert [(e.text, e.code, e.code_view) for e in data.train[[0, 2, 17]]] == [
+        ("a 0", "c0", "b 0"), ("a 2", "c2", "b 2"), ("a 17", "c17", "b 17")]
+    assert str(other) in data.files
+    views = render_views(data.train[3], BYTES)
+    assert bytes(views.enc[1:]) == b"b 3" and bytes(views.main[-3:-1]) == b"c3"
+    other.write_text("\n".join([*rows[1][:3], "", rows[1][4], rows[1][3], *rows[1][5:]]))
+    with pytest.raises(BadInput, match=f"^{other}:5: not the code of {mine}:5, so no other text of it"):
+        list(load_dataset(str(mine), eval_split="valid", view2=str(other)).train)
+    other.write_text("\n".join(rows[1]))
+    with pytest.raises(BadInput, match="has 20 examples, .* 20; they must stand on the same lines"):
+        load_dataset(str(mine), eval_split="valid", view2=str(other))
+
+
 @given(st.lists(st.integers(3, 50), min_size=1, max_size=20), st.integers(0, 2**32))
 def test_tube_positions_are_three_of_each_row_in_order(lengths, seed):
     at = tube_positions(lengths, 60, np.random.default_rng(seed).random((len(lengths), 3))).numpy()

@@ -1,5 +1,6 @@
 """report.py: seeds together, arms apart, differences with honest intervals; and --match_flops."""
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -95,8 +96,12 @@ def test_equal_operations_and_the_table_of_runs(argv, tmp_path, monkeypatch, cap
     assert plain["trained"]["flops"] < 0.9 * took and rows[-2]["flops"] < took <= rows[-1]["flops"]
     assert rows[-1]["flops"] == matched["trained"]["flops"] and rows[-1]["lr"] < 1e-5
     assert plain["trained"]["examples"] == jepa["trained"]["examples"] < matched["trained"]["examples"]
+    runs["view2"], other = str(tmp_path / "view2"), tmp_path / "other.jsonl"
+    shutil.copy(argv[1], other)
+    train.train(train.parse_config([*argv, "--view2", str(other), "--out", runs["view2"]]))
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["eval.py", *runs.values(), "--json", str(tmp_path / "t.json")])
     eval.main()
-    assert len(capsys.readouterr().out.splitlines()) == 5
-    assert [len(row["seeds"]) for row in json.loads((tmp_path / "t.json").read_text())] == [1, 1, 1]
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert [len(row["minus_plain"]) > 0 for row in rows] == [True, False, False, True]
