@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1
 shift
-wanted=" ${*:-stopping turk} "
+wanted=" ${*:-stopping turk_choice turk} "
 seeds="82 23 37 84 4"
 
 run() {  # SECTION NAME FLAGS
@@ -34,6 +34,10 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             echo stopping jepa-$eos-$seed "$common"
             echo stopping jepa23-$eos-$seed --lam 2 --k 3 "$common"
         done
+    done
+    # how long to train on TURK: plain training, one seed, on the held-out tenth of train
+    for epochs in 4 8 12; do
+        echo turk_choice epochs$epochs --dataset nlrx_turk --eval_split valid --lam 0 --epochs $epochs --seed 82
     done
     for seed in $seeds; do
         echo turk plain-$seed --dataset nlrx_turk --lam 0 --epochs 4 --seed $seed
