@@ -15,7 +15,7 @@ from files import BadInput, read_json
 
 JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
         "pred_first", "reverse", "match_flops")
-PLACES = ("seed", "data_dir", "device")  # what may differ within an arm
+WITHIN = ("seed", "device")  # what may differ within an arm
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
 COLUMNS = (*SHARES, "ntp", "cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc",
            "rank_difference", "linear_error", "linear_error_shuffled")
@@ -91,8 +91,8 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
                 r["files"], *(r["config"].get(name) for name in ("dataset", "n_train", "eval_split"))))):
             if same(result) != same(results[first]):
                 raise BadInput(f"{folder} and {first}: not the same {what}; compare them apart")
-        arm = arms.setdefault(json.dumps(settings(result["config"], PLACES), sort_keys=True), {
-            "settings": settings(result["config"], PLACES), "seeds": {}})
+        arm = arms.setdefault(json.dumps(settings(result["config"], WITHIN), sort_keys=True), {
+            "settings": settings(result["config"], WITHIN), "seeds": {}})
         seed = result["config"]["seed"]
         if seed in arm["seeds"]:
             raise BadInput(f"{folder}: seed {seed} of these settings is there twice")

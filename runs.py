@@ -9,6 +9,8 @@ from torch import nn
 
 from files import BadInput, atomic, read_json, write_text
 
+PLACES = ("out", "data_dir")  # settings that say where things are, and nothing of what they are
+
 
 def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
@@ -35,7 +37,7 @@ def open_run(folder: Path, record: dict) -> dict:
         raise BadInput(f"{path}: not written by this program; choose another --out")
     theirs, ours = old["config"], record["config"]
     different = [f"--{name} {theirs.get(name)} (now {value})" for name, value in ours.items()
-                 if name not in ("out", "data_dir") and theirs.get(name) != value]
+                 if name not in PLACES and theirs.get(name) != value]
     if different:
         raise BadInput(f"{folder} holds a run with {', '.join(different)}; choose another --out")
     for name, what in (("files", "on other data"), ("init", "from another checkpoint")):
@@ -92,8 +94,9 @@ def summary(folder: Path) -> dict:
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         trained = {name: row[name] for name in ("step", "examples", "tokens", "flops", "seconds")}
-    view2 = str(Path(run["config"]["view2"]))  # no baseline has it
-    return {"config": {name: value for name, value in run["config"].items() if name != "out"},
+    config = {name: value for name, value in run["config"].items() if name not in PLACES}
+    view2 = str(Path(config["view2"]))  # no baseline has it
+    return {"config": config,
             "files": [digest for path, digest in run["files"].items() if path != view2],
             "init": list(run["init"].values()),
             **{name: run[name] for name in ("dtype", "device", "versions", "git_commit")}, "trained": trained}

@@ -17,7 +17,7 @@ from report import compare, comparison, from_hex, paired_interval, read_result
 def result(seed, exact, test="abc", files=("t", "u"), **changed):
     """What an eval.json holds, as far as tables look at it."""
     return {"config": {"dataset": "d", "n_train": 0, "eval_split": "test", "lam": 1.0, "k": 1, "seed": seed,
-                       "train_eos": True, "match_flops": "", "data_dir": "", "device": "cpu", **changed},
+                       "train_eos": True, "match_flops": "", "device": "cpu", **changed},
             "n": len(exact), "test": test, "files": list(files), "exact": float(np.mean(exact)),
             "items": {"exact": to_hex(exact)}, "trained": {"examples": 10, "flops": 2e15, "seconds": 1.0}}
 
