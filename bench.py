@@ -19,14 +19,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from data import Sampler, Views, load_dataset, render_prompt, render_views
+from batches import Sampler
+from config import Config, model_config
+from data import Views, load_dataset, render_prompt, render_views
 from eval import generate, generate_slow
 from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
 from model import DEVICES, PRESETS, Transformer, pick_device
 from tokenizer import Tokenizer, train_bpe
-from train import Config, Step, make_optimizer, micro_batches, model_config, native_bf16, set_precision
-from train import step_flops
+from train import Step, make_optimizer, micro_batches, native_bf16, set_precision, step_flops
 
 ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),
         "fused, alpha 0.75": dict(alpha=0.75)}

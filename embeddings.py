@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Example, collate_three, render_views
+from batches import collate_three
+from data import Example, render_views
 from files import BadInput, atomic
 from jepa_loss import collapse_report, pick, rank_me
 from model import Transformer

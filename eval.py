@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import Dataset, Example, announce, collate_three, fit_splits, fitting, load_dataset
-from data import render_prompt, render_views
+from batches import collate_three, fit_splits, fitting
+from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
 from embeddings import analyse, embed_pairs, plot, targets
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, ntp

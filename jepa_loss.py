@@ -115,7 +115,7 @@ DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
 # ---- slow and plain: three passes --------------------------------------------------------------------------
 
 def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
-    """Both terms from three causal, right-padded batches (data.ThreePassBatch).
+    """Both terms from three causal, right-padded batches (batches.ThreePassBatch).
 
     ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>; label_at: see ntp
     pred_ids (N, T'), pred_at     <|begin|> TEXT [PRED]*k, and the last token of each
@@ -163,7 +163,7 @@ def flex_mask(segment: Tensor, parent: Tensor) -> BlockMask:
 
 
 def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable = dense_mask) -> Losses:
-    """Both terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients.
+    """Both terms from one forward (batches.FusedBatch): equal to `three_pass`, values and gradients.
 
     ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
     each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0

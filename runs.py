@@ -95,7 +95,8 @@ def summary(folder: Path) -> dict:
         row = json.loads(line)
         trained = {name: row[name] for name in ("step", "examples", "tokens", "flops", "seconds")}
     config = {name: value for name, value in run["config"].items() if name not in PLACES}
-    view2 = str(Path(config["view2"]))  # no baseline has it
+    view2 = str(Path(config["view2"]))  # no baseline has this file
+    config["view2"] = Path(config["view2"]).name
     return {"config": config,
             "files": [digest for path, digest in run["files"].items() if path != view2],
             "init": list(run["init"].values()),

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import data
 import model as model_module
-from data import collate_fused, collate_three, render_views
+from batches import collate_fused, collate_three
+from data import render_views
 from jepa_loss import dense_mask, fused, total_loss
 
 

@@ -10,8 +10,9 @@ from conftest import PAIRS, ROOT, SHARED_DATA, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import Example, Sampler, collate_fused, collate_three, lay_out, load_dataset
-from data import fitting, loss_dropout, pack, picture, read_jsonl, render_views, tube_positions
+from batches import Sampler, collate_fused, collate_three, fitting, lay_out, loss_dropout, pack, picture
+from batches import tube_positions
+from data import Example, load_dataset, read_jsonl, render_views
 from files import BadInput
 from tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as ours
-from data import Example, fitting, load_dataset, render_prompt, render_views
+from batches import fitting
+from data import Example, load_dataset, render_prompt, render_views
 from files import BadInput
 from tokenizer import Tokenizer, merge, train_bpe
 

@@ -17,7 +17,8 @@ from conftest import ROOT
 
 import runs
 import train
-from data import Sampler, collate_fused, load_dataset, render_views
+from batches import Sampler, collate_fused
+from data import load_dataset, render_views
 from files import BadInput
 from jepa_loss import fused
 from model import ModelConfig, Transformer
