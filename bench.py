@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -74,7 +75,7 @@ def one_block(arm: Config, step_losses, model: Transformer, optimizer, examples:
     return done | {"seconds": time.perf_counter() - began}
 
 
-def measure(c: Config, blocks: int, steps: int) -> dict:
+def measure(c: Config, blocks: int, steps: int, profiled: bool = False) -> dict:
     """All that the tables show, as numbers."""
     device = pick_device(c.device)
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
@@ -110,12 +111,14 @@ def measure(c: Config, blocks: int, steps: int) -> dict:
     for result in results.values():
         result["time_to_plain"] = result["seconds_per_example"] / results["plain"]["seconds_per_example"]
         result["tokens_to_plain"] = result["tokens_per_example"] / results["plain"]["tokens_per_example"]
+    shares = profile(lambda: one_block(c, modules["fused"], model, optimizer, examples, sampler, spans[-1]),
+                     device) if profiled else {}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
     return {"device": name, "dtype": dtype, "compiled": compiled, "preset": c.preset,
             "parameters": model.n_params(), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "peak": peaks, "process_memory": memory, "arms": results,
-            "generation": generation(model, tokenizer, data.test)}
+            "profile": shares, "generation": generation(model, tokenizer, data.test)}
 
 
 def account(blocks: list[dict], peak_rate: float) -> dict:
@@ -130,6 +133,17 @@ def account(blocks: list[dict], peak_rate: float) -> dict:
             "seconds_per_example": 1 / rate, "tokens_per_s": statistics.median(rates("tokens")),
             "tokens_per_example": total("tokens") / total("examples"), "useful_flops": useful,
             "share_of_peak": useful / peak_rate, "loader": total("loading") / total("seconds")}
+
+
+def profile(run: Callable, device: torch.device, top: int = 12) -> dict[str, float]:
+    """Share of the time that each of the most expensive operators takes while run() runs."""
+    on_device = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_device else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as recorded:
+        run()
+    times = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total
+             for event in recorded.key_averages()}
+    return {name: times[name] / sum(times.values()) for name in sorted(times, key=times.get)[:-top - 1:-1]}
 
 
 def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
@@ -160,6 +174,9 @@ def report(r: dict) -> str:
         lines.append(f"| {name} | {rate} | {a['tokens_per_s']:,.0f} | {a['useful_flops'] / 1e9:,.0f} "
                      f"| {a['share_of_peak']:.1%} | {a['time_to_plain']:.3f} | {a['tokens_to_plain']:.3f} "
                      f"| {a['loader']:.1%} | {memory} |")
+    if r["profile"]:
+        lines += ["", "time of the fused arm: " + ", ".join(f"{name} {share:.1%}" for name, share in
+                                                              r["profile"].items())]
     g = r["generation"]
     return "\n".join([*lines, "", f"generation of {g['items']:,} test answers: {g['seconds']:.1f} s, "
                                   f"{g['cached']:.1f} items/s with the cache, {g['uncached']:.1f} without"])
@@ -177,12 +194,13 @@ def main() -> None:
     parser.add_argument("--row_len", type=int, default=0, help="pack into rows of so many tokens; 0: no")
     parser.add_argument("--steps", type=int, default=20, help="steps per block")
     parser.add_argument("--blocks", type=int, default=5, help="blocks per arm, after one to warm up")
+    parser.add_argument("--profile", action="store_true", help="where the time of the fused arm goes")
     parser.add_argument("--json", help="write all numbers to this file")
     args = vars(parser.parse_args())
-    blocks, steps, path = args.pop("blocks"), args.pop("steps"), args.pop("json")
+    blocks, steps, path, profiled = (args.pop(name) for name in ("blocks", "steps", "json", "profile"))
     if min(blocks, steps, args["batch_size"]) < 1 or args["row_len"] < 0:
         raise BadInput("--blocks, --steps and --batch_size must be at least 1, --row_len 0 or more")
-    result = measure(Config(**args), blocks, steps)
+    result = measure(Config(**args), blocks, steps, profiled)
     print(report(result))
     if path:
         write_text(path, json.dumps(result, indent=2) + "\n")

@@ -47,15 +47,19 @@ def test_a_small_bench(tmp_path, monkeypatch, capsys):
     pairs = [(f"lines with {i}", f"[0-9]{i}") for i in range(70)]
     monkeypatch.setattr(data.nlrx, "generate", lambda n, seed: pairs)
     monkeypatch.setattr("sys.argv", ["bench.py", "--data_dir", str(tmp_path), "--device", "cpu",
-                                     "--blocks", "2", "--batch_size", "4", "--steps", "1",
+                                     "--blocks", "2", "--profile", "--batch_size", "4", "--steps", "1",
                                      "--json", str(tmp_path / "b.json")])
     bench.main()
-    assert "| fused, alpha 0.75 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| fused, alpha 0.75 |" in out and "\ntime of the fused arm: " in out
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["arms"].keys() == bench.ARMS.keys() and result["peak"]["float32"] > 1e9
     for arm in result["arms"].values():
         assert 0 < arm["slowest"] <= arm["examples_per_s"] <= arm["fastest"]
         assert 0 < arm["share_of_peak"] < 1.2 and 0 < arm["loader"] < 1
+    shares = list(result["profile"].values())
+    assert len(shares) == 12 and 0.3 < sum(shares) <= 1 and shares == sorted(shares, reverse=True)
+    assert "aten::mm" in result["profile"]
     fused_arm, plain = result["arms"]["fused"], result["arms"]["plain"]
     assert plain["time_to_plain"] == 1 and 1.2 < fused_arm["tokens_to_plain"] < 2
     assert result["generation"]["cached"] > result["generation"]["uncached"] > 0

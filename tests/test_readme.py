@@ -32,7 +32,7 @@ def test_the_two_commands_stand_there():
 def test_every_flag_and_file_named_exists():
     flags = {*re.findall(r"--(?:no-)?([a-z_]+)", README)}
     known = {*train.asdict(train.Config()), "help", "prompt", "other_data", "base_url", "nproc_per_node",
-             "blocks", "steps", "embeddings", "plot"}
+             "blocks", "steps", "embeddings", "plot", "profile"}
     assert flags <= known, flags - known
     for name in re.findall(r"`((?:tests/)?[a-z_]+\.py)`", README):
         assert (ROOT / name).exists(), name
