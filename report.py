@@ -101,7 +101,7 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
         apart = [name for name, value in arm["settings"].items()
                  if any(other["settings"].get(name) != value for other in arms.values())]
         arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in apart) or "all"
-    return list(arms.values())
+    return sorted(arms.values(), key=lambda arm: bool(arm["settings"]["lam"]))  # the baselines first
 
 
 def baseline(arm: dict, arms: list[dict]) -> dict | None:
@@ -139,7 +139,7 @@ def compare(results: dict[str, dict]) -> list[dict]:
 def comparison(rows: list[dict]) -> str:
     """Markdown: a row per arm."""
     columns = [column for column in COLUMNS if any(column in row["columns"] for row in rows)]
-    against = [column for column in ("exact", "dfa_equal", "correct")
+    against = [column for column in ("exact", "prefix", "dfa_equal", "correct")
                if any(column in row["minus_plain"] for row in rows)]
 
     def cell(row: dict, column: str) -> str:
