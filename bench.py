@@ -200,6 +200,8 @@ def main() -> None:
     blocks, steps, path, profiled = (args.pop(name) for name in ("blocks", "steps", "json", "profile"))
     if min(blocks, steps, args["batch_size"]) < 1 or args["row_len"] < 0:
         raise BadInput("--blocks, --steps and --batch_size must be at least 1, --row_len 0 or more")
+    if args["dtype"] == "tf32" and pick_device(args["device"]).type != "cuda":
+        raise BadInput("--dtype tf32 needs CUDA")
     result = measure(Config(**args), blocks, steps, profiled)
     print(report(result))
     if path:

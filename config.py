@@ -190,6 +190,8 @@ def check(c: Config, given: set[str]) -> list[str]:
             problems.append("paraphrase has no test split: it needs --eval_split valid")
         inert(("max_new_tokens",), "with paraphrase, where nothing is answered")
     if c.match_flops:
+        if not (Path(c.match_flops) / "eval.json").exists():
+            problems.append(f"--match_flops {c.match_flops}: no finished run")
         inert(("epochs", "max_steps"), "with --match_flops")
     if c.micro_batch > c.batch_size:
         problems.append(f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}")

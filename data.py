@@ -197,6 +197,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
     if eval_split == "valid":
         cut = len(train) - len(train) // 10
         train, test = train[:cut], train[cut:]
+        test.view2 = None
         if not test:
             raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
     elif "test" not in paths:

@@ -27,7 +27,7 @@ from tokenizer import Tokenizer
 @torch.inference_mode()
 def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 64,
                 **view_options) -> tuple[Tensor, Tensor]:
-    """pred and enc of every example, each (N, C), from the passes of jepa_loss.three_pass."""
+    """pred and enc of every example, each (N, C), on the CPU, from the passes of jepa_loss.three_pass."""
     views = [render_views(example, tokenizer, **view_options) for example in examples]
     pred, enc = [], []
     for start in range(0, len(views), chunk):
@@ -35,7 +35,7 @@ def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example
         batch = collate_three(part, [True] * len(part)).to(model.device)
         pred.append(pick(model(batch.pred_ids), batch.pred_at))
         enc.append(pick(model(batch.enc_ids), batch.enc_at))
-    return torch.cat(pred), torch.cat(enc)
+    return torch.cat(pred).cpu(), torch.cat(enc).cpu()
 
 
 def targets(examples: list[Example], reverse: bool) -> list[str]:
@@ -73,8 +73,9 @@ def curves(folder: str | Path) -> dict[str, np.ndarray]:
     points = {}
     for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        for name, value in (row.get("look") or row).items():
-            if name in ("ntp", "jepa", "exact", "cos_paired", "cos_shuffled"):
+        wanted = ("exact", "cos_paired", "cos_shuffled") if "look" in row else ("ntp", "jepa")
+        for name, value in row.get("look", row).items():
+            if name in wanted:
                 points.setdefault(name, []).append((row["epoch"], value))
     return {name: np.array(values) for name, values in points.items()}
 
@@ -112,9 +113,10 @@ def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singula
             lines = [curve[panel] for curve in map(curves, members) if panel in curve]
             if not lines or panel == "jepa" and not max(line[:, 1].max() for line in lines):
                 continue
-            values = np.stack([line[:, 1] for line in lines])
-            axis.plot(lines[0][:, 0], values.mean(0), styles[name], label=f"{name} ({len(lines)} seeds)")
-            axis.fill_between(lines[0][:, 0], values.min(0), values.max(0), alpha=0.2)
+            n = min(map(len, lines))  # with --match_flops a seed may need a step more
+            epochs, values = lines[0][:n, 0], np.stack([line[:n, 1] for line in lines])
+            axis.plot(epochs, values.mean(0), styles[name], label=f"{name} ({len(lines)} seeds)")
+            axis.fill_between(epochs, values.min(0), values.max(0), alpha=0.2)
         axis.set(title=panel, xlabel="epoch", yscale="log" if panel in ("ntp", "jepa") else "linear")
         axis.legend(fontsize="x-small")
     save(figure, out / "learning_curves.png")

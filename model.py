@@ -343,12 +343,14 @@ class Transformer(nn.Module):
             6 (4 if it is frozen) for a weight of the blocks and a real token: product and sum, once forward,
                 twice backward
             12 * layers * H * D for a (query, key) pair that the mask shows: scores and values
-            6 * C * V for a token with a label: the head
+            6 * C * V (4 if it is frozen) for a token with a label: the head
+
+        A target without gradient (--stop_gradient) is counted as if it had one.
         """
-        c = self.config
+        c, head = self.config, self.embed_tokens if self.config.tie_embeddings else self.lm_head
         weights = sum((6 if w.requires_grad else 4) * w.numel() for w in self.layers.parameters())
         return (weights * n_real + 12 * c.n_layers * c.n_heads * c.head_dim * n_visible
-                + 6 * c.dim * c.vocab_size * n_labels)
+                + (6 if head.weight.requires_grad else 4) * c.dim * c.vocab_size * n_labels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors as Hugging Face has them, and pred_embedding.safetensors if

@@ -3,8 +3,8 @@
 Runs that differ in nothing but the seed are one arm: mean and standard deviation over its seeds. An arm with
 a JEPA loss is held against the arm without one (lam = 0) that shares its other settings, on the seeds that
 both have: the mean difference, and a 95 % interval from 10,000 paired bootstrap samples, in which seeds and
-test items are drawn anew, with replacement, the same for both arms. With few seeds the interval is too
-narrow: five seeds are five draws of whatever a seed changes.
+test items are drawn anew, with replacement, the same for both arms. With few seeds it is too narrow for what
+a whole seed changes, and too wide for what only single items of a seed do.
 """
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from files import BadInput, read_json
 
 JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
         "pred_first", "reverse", "match_flops")
-WITHIN = ("seed", "device")  # what may differ within an arm
+WITHIN = ("seed", "device", "log_every", "checkpoint_every", "prefetch", "grad_checkpointing")  # of an arm
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
 COLUMNS = (*SHARES, "ntp", "cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc",
            "rank_difference", "linear_error", "linear_error_shuffled")
@@ -63,7 +63,7 @@ def read_result(folder: str | Path) -> dict:
     path = Path(folder) / "eval.json"
     result = read_json(path)
     if not {"config", "trained", "test", "files", "n"} <= result.keys():
-        raise BadInput(f"{path}: not a run's, or an older version's; python eval.py {folder} scores it again")
+        raise BadInput(f"{path}: not a run's, or an older version's; train it again")
     return result
 
 
@@ -105,10 +105,15 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
 
 
 def baseline(arm: dict, arms: list[dict]) -> dict | None:
-    """The arm without a JEPA loss that shares the other settings."""
-    rest = settings(arm["settings"], JEPA)
-    plain = (other for other in arms if not other["settings"]["lam"])
-    return next((other for other in plain if settings(other["settings"], JEPA) == rest), None)
+    """The arm without a JEPA loss that shares the other settings; if there is none, one of equal operations
+    (--match_flops), which has no say in how long it trains."""
+    for matched, apart in ((False, JEPA), (True, (*JEPA, "epochs", "max_steps"))):
+        rest = settings(arm["settings"], apart)
+        for other in arms:
+            theirs = other["settings"]
+            if not theirs["lam"] and theirs["match_flops"] == matched and settings(theirs, apart) == rest:
+                return other
+    return None
 
 
 def compare(results: dict[str, dict]) -> list[dict]:

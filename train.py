@@ -125,7 +125,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def set_precision(dtype: str) -> None:
-    """Whether float32 products may be rounded; scores are always computed at the highest."""
+    """Whether float32 products may be rounded; the scores of eval.json never come from such ones."""
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
 
 
@@ -284,10 +284,12 @@ def train(c: Config) -> dict:
 
         done = step + 1
         seen = {"examples": seen["examples"] + n_pairs, "tokens": seen["tokens"] + n_tokens,
-                "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
-        where = {"step": done, "epoch": done / sampler.steps_per_epoch, **seen}
-        if done % c.log_every == 0 or done % every == 0 or done == total:
+                "flops": seen["flops"] + flops, "seconds": seen["seconds"]}
+        epoch_ends = done % sampler.steps_per_epoch == 0
+        if done % c.log_every == 0 or done % every == 0 or epoch_ends or done == total:
             ntp, jepa = ranks.total(torch.stack([ntp, jepa])).tolist()  # waits for the device
+            seen["seconds"] = time.perf_counter() - began
+            where = {"step": done, "epoch": done / sampler.steps_per_epoch, **seen}
             if not math.isfinite(ntp + jepa + float(grad_norm)):
                 raise BadInput(f"step {done}: the loss is {ntp} + {c.lam} * {jepa}, the gradient's norm "
                                f"{float(grad_norm)}; the last checkpoint is kept; try a lower --lr")
@@ -298,7 +300,7 @@ def train(c: Config) -> dict:
                 metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
                                        "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
                                        "tokens_per_s": speed})
-        if ranks.rank == 0 and done % sampler.steps_per_epoch == 0 and done < total:
+        if ranks.rank == 0 and epoch_ends and done < total:
             look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
             look.pop("items", None)
             began += look["seconds"]

@@ -6,10 +6,10 @@
 # Stop it and start it again at will: finished runs are skipped, others go on from their last checkpoint. Runs lie
 # in runs/results/SECTION/NAME; the eval.json of each is copied to results/SECTION/NAME.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-data=$1
+data=$(realpath "$1")
 shift
-wanted=" ${*:-stopping turk_choice turk} "
+cd "$(dirname "$0")/.."
+wanted=" ${*:-stopping turk_choice} "  # turk: once its epochs are chosen
 seeds="82 23 37 84 4"
 
 run() {  # SECTION NAME FLAGS
@@ -20,7 +20,7 @@ run() {  # SECTION NAME FLAGS
     mkdir -p runs/results/"$1"
     OMP_NUM_THREADS=1 python train.py --data_dir "$data" --device cpu --out "$folder" "${@:3}" > "$folder.log" 2>&1 || {
         tail -n 1 "$folder.log"
-        return
+        return 1
     }
     mkdir -p "$(dirname "$kept")"
     cp "$folder/eval.json" "$kept"

@@ -153,7 +153,7 @@ def test_another_text_as_the_code_view(tmp_path):
     data = load_dataset(str(mine), eval_split="valid", view2=str(other))
     assert [(e.text, e.code, e.code_view) for e in data.train[[0, 2, 17]]] == [
         ("a 0", "c0", "b 0"), ("a 2", "c2", "b 2"), ("a 17", "c17", "b 17")]
-    assert str(other) in data.files
+    assert str(other) in data.files and {e.code_view for e in data.test} == {""}
     views = render_views(data.train[3], BYTES)
     assert bytes(views.enc[1:]) == b"b 3" and bytes(views.main[-3:-1]) == b"c3"
     other.write_text("\n".join([*rows[1][:3], "", rows[1][4], rows[1][3], *rows[1][5:]]))

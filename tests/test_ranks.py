@@ -35,7 +35,7 @@ def assert_same_run(a, b):
     ours, theirs = ([row for row in rows_of(folder) if "loss" in row] for folder in (a, b))
     assert len(ours) == len(theirs) == 50
     for x, y in zip(ours, theirs, strict=True):
-        assert all(x[name] == y[name] for name in ("step", "examples", "tokens", "lr"))
+        assert all(x[name] == y[name] for name in ("step", "examples", "tokens", "flops", "lr"))
         for name in ("ntp", "jepa", "grad_norm"):
             assert abs(x[name] - y[name]) < 1e-9, (x["step"], name, x[name], y[name])
     for name, weight in weights(a).items():
@@ -44,6 +44,7 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize("port,flags", [
     (29611, ["--lam", "0"]), (29612, ["--micro_batch", "2"]), (29613, ["--alpha", "0.9", "--row_len", "200"]),
+    (29617, ["--objective", "stp"]),
     (29614, ["--passes", "three", "--batch_size", "1", "--epochs", "1"])], ids=str)
 def test_two_ranks_equal_one_process(argv, tmp_path, port, flags):
     """The last case leaves a rank without an example in every step; alpha 0.9 often without a pair."""

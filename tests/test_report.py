@@ -65,6 +65,16 @@ def test_seeds_are_one_arm_and_differences_are_paired():
     assert "| 37.50 ± 17.68 |" in lines[2] and "| +37.50 [" in lines[3] and len(lines) == 6
 
 
+def test_a_baseline_of_equal_operations_if_there_is_no_other():
+    """Whatever the order; its --epochs say nothing."""
+    jepa = result(1, [1, 1, 1, 0], epochs=4)
+    long = result(1, [1, 0, 0, 0], lam=0.0, epochs=3, match_flops="x")
+    plain = result(1, [1, 1, 0, 0], lam=0.0, epochs=4, log_every=7)
+    for runs, mean in (([jepa, long], 0.5), ([jepa, long, plain], 0.25), ([plain, long, jepa], 0.25)):
+        rows = compare({str(i): run for i, run in enumerate(runs)})
+        assert rows[-1]["minus_plain"]["exact"]["mean"] == mean
+
+
 @pytest.mark.parametrize("other,message", [
     (result(2, [1, 0], test="x"), "^b and a: not the same test set"),
     (result(2, [1, 0], files=("t", "v")), "^b and a: not the same training data"),

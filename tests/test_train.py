@@ -476,6 +476,7 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--fixed_shapes", "--fixed_shapes has no effect without --row_len"),
     ("--fixed_shapes --row_len 500 --distance infonce", "which --distance infonce would contrast with"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
+    ("--match_flops nowhere", "--match_flops nowhere: no finished run"),
     ("--lam 0 --view2 x.jsonl", "--view2 has no effect with --lam 0"),
     ("--objective stp --k 2 --row_len 64", "--k has no effect with --objective stp"),
     ("--device cpu --dtype tf32", "--dtype tf32 needs CUDA"),
