@@ -6,11 +6,12 @@ divided by counts over all ranks, so W ranks do what one process does. Rank 0 al
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -25,6 +26,7 @@ def join(device: torch.device) -> torch.device:
     if rank:
         sys.stdout = open(os.devnull, "w")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    from torch.distributed.nn import functional  # noqa: F401  imported later, it keeps the group past leave()
     dist.init_process_group(backend, timeout=timedelta(hours=8))  # the others wait while rank 0 scores
     return device
 
@@ -44,25 +46,20 @@ def zero_first():
         dist.barrier()
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum of x over all ranks."""
-    if world > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def counts(*numbers: int) -> list[int]:
-    """Sums over all ranks, without waiting for an accelerator."""
-    return total(torch.tensor(numbers)).tolist() if world > 1 else list(numbers)
-
-
-def shared(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module; its gradients are averaged over the ranks in the backward."""
+def total(numbers: list) -> list:
+    """The sums of these numbers over all ranks; floats, or all integers."""
     if world == 1:
-        return module
-    return nn.parallel.DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+        return numbers
+    sums = torch.tensor(numbers, dtype=None if type(numbers[0]) is int else torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
-def unshared(module: nn.Module, last: bool):
-    """A context in which a backward leaves the gradients to the last one of its step."""
-    return contextlib.nullcontext() if world == 1 or last else module.no_sync()
+def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Every gradient becomes the sum of all ranks' gradients; a rank without examples adds nothing. (A
+    DistributedDataParallel does it while the backward runs, but wants the same backwards of every rank.)"""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        if world > 1:
+            dist.all_reduce(weight.grad)

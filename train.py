@@ -18,7 +18,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import ranks
 from batches import Rendered, Sampler, Shape, ahead, collate_fused, collate_three, fit_splits, loss_dropout
 from batches import pack, tube_positions
 from config import Config, model_config, parse_config
-from data import Dataset, Views, announce, load_dataset
+from data import Dataset, announce, load_dataset
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from files import BadInput, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
@@ -58,9 +58,6 @@ def masking(c: Config, device: torch.device) -> Callable:
     return flex_mask if c.attention == "flex" or c.attention == "auto" and flex else dense_mask
 
 
-NOTHING = Views(main=[0], labels=[-100], stem=[0], preds=[], enc=[0])
-
-
 class Step(nn.Module):
     """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it
     would keep stale bfloat16 copies of the weights."""
@@ -77,10 +74,7 @@ class Step(nn.Module):
 
     def forward(self, batch) -> Losses:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            losses = self.passes(self.model, batch, self.distance)
-        if batch.pred_at is None and self.model.pred_embedding is not None:  # other ranks may have views
-            losses = losses._replace(jepa_sum=losses.jepa_sum + 0 * self.model.pred_embedding.sum())
-        return losses
+            return self.passes(self.model, batch, self.distance)
 
 
 def groups(c: Config, n: int) -> list[range]:
@@ -97,8 +91,6 @@ def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
     keep = loss_dropout(len(indices), c.alpha, c.seed, step) if views else [False] * len(indices)
     collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
     mine = groups(c, len(indices))
-    if not mine:  # fewer examples than ranks: nothing to learn, but the others wait for a backward
-        return [replace(collate([NOTHING], [False]), n_pairs=0, n_real=0, n_visible=0)]
     batches = [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
     if c.objective == "stp":
         draws = np.random.default_rng([c.seed, step, 3]).random((len(indices), 3))
@@ -140,7 +132,7 @@ def steps_to_match(c: Config, model: Transformer, train: Rendered, sampler: Samp
     if not budget:
         raise BadInput(f"--match_flops {c.match_flops}: its eval.json does not say what the training took")
     while budget > 0:
-        budget -= ranks.counts(step_flops(model, micro_batches(c, train, sampler.indices(step), step)))[0]
+        budget -= ranks.total([step_flops(model, micro_batches(c, train, sampler.indices(step), step))])[0]
         step += 1
     return step
 
@@ -249,7 +241,7 @@ def train(c: Config) -> dict:
     fixed = c.row_len and c.distance != "infonce" and (
         device.type == "cuda" if c.fixed_shapes is None else c.fixed_shapes)
     shape = largest_shape(c, sampler, counts, total) if fixed else None
-    step_losses = ranks.shared(Step(model, c, dtype), device)
+    step_losses = Step(model, c, dtype)
     if compiled:
         step_losses = torch.compile(step_losses, dynamic=shape is None)
     n_trained = sum(weight.numel() for weight in weights.values())
@@ -267,17 +259,16 @@ def train(c: Config) -> dict:
     began, logged = time.perf_counter() - seen["seconds"], seen
     for step, batches in zip(bar, collated, strict=True):
         torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
-        n_tokens, n_pairs, flops = ranks.counts(
-            sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), step_flops(model, batches))
+        n_tokens, n_pairs, flops = ranks.total(
+            [sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), step_flops(model, batches)])
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, c)
         ntp = jepa = 0.0
         for batch in batches:
-            with ranks.unshared(step_losses, batch is batches[-1]):
-                losses = step_losses(batch.to(device, wait=not c.prefetch))
-                # the ranks' gradients will be averaged, and are to be summed
-                (ranks.world * total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma)).backward()
+            losses = step_losses(batch.to(device, wait=not c.prefetch))
+            total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
             ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs
+        ranks.sum_gradients(weights.values())
         grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -287,7 +278,7 @@ def train(c: Config) -> dict:
                 "flops": seen["flops"] + flops, "seconds": seen["seconds"]}
         epoch_ends = done % sampler.steps_per_epoch == 0
         if done % c.log_every == 0 or done % every == 0 or epoch_ends or done == total:
-            ntp, jepa = ranks.total(torch.stack([ntp, jepa])).tolist()  # waits for the device
+            ntp, jepa = ranks.total([float(ntp), float(jepa)])  # waits for the device
             seen["seconds"] = time.perf_counter() - began
             where = {"step": done, "epoch": done / sampler.steps_per_epoch, **seen}
             if not math.isfinite(ntp + jepa + float(grad_norm)):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,32 @@ def two(arguments, port):
     return [*TORCHRUN, str(port), str(ROOT / "train.py"), *arguments]
 
 
-def run(command):
-    reply = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert reply.returncode == 0, reply.stderr[-2000:]
+def run(command, **env):
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    reply = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert reply.returncode == 0, reply.stderr[-4000:]
     return reply
+
+
+LEAVE = """
+import os, torch, ranks
+ranks.join(torch.device("cpu"))
+weight = torch.nn.Parameter(torch.ones(3))
+(weight * (ranks.rank + 1)).sum().backward()
+ranks.sum_gradients([weight])
+assert weight.grad.tolist() == [3, 3, 3], weight.grad
+torch.optim.AdamW([weight], fused=True).step()
+ranks.leave()
+left = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in left), left
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads")
+def test_no_thread_outlives_leave(tmp_path):
+    """One that does takes the interpreter down at its end, in one run of some twenty."""
+    (tmp_path / "leave.py").write_text(LEAVE)
+    run([*TORCHRUN, "29618", str(tmp_path / "leave.py")], PYTHONPATH=str(ROOT))
 
 
 @pytest.fixture
