@@ -56,12 +56,13 @@ def linear_map_error(x: Tensor, y: Tensor) -> float:
 
 def analyse(text: Tensor, pred: Tensor, enc: Tensor, codes: list[str]) -> dict:
     """collapse_report of pred and enc; of Enc(Text) - Enc(Code) all singular values and the rank; of the
-    linear map from Enc(Text) to Enc(Code) the error, and with strangers for pairs. All (N, C)."""
-    if len(text) <= 2 * text.shape[1] + 2:
-        raise BadInput(f"--embeddings: {len(text)} pairs are too few to fit a map of width {text.shape[1]}")
+    linear map from Enc(Text) to Enc(Code) the error, and with strangers for pairs, unless the pairs are too
+    few to fit one. All (N, C)."""
+    enough = len(text) > 2 * text.shape[1] + 2
     return collapse_report(pred, enc, codes) | {
-        "rank_difference": rank_me(text - enc), "linear_error": linear_map_error(text, enc),
-        "linear_error_shuffled": linear_map_error(text, enc.roll(-1, 0)),
+        "rank_difference": rank_me(text - enc),
+        "linear_error": linear_map_error(text, enc) if enough else None,
+        "linear_error_shuffled": linear_map_error(text, enc.roll(-1, 0)) if enough else None,
         "singular_values": torch.linalg.svdvals((text - enc).double()).tolist()}
 
 
@@ -85,13 +86,8 @@ def save(figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singular: dict[str, list[float]],
-         out: str | Path) -> list[Path]:
-    """learning_curves.png, tsne.png and singular_values.png in the folder `out`: a line or a panel per arm of
-    the runs (see report.py), a band from the lowest to the highest seed.
-
-    embedded: Enc(Text) and Enc(Code) of each run, (N, C); singular: of their difference.
-    """
+def plotting() -> tuple:
+    """What pictures need; BadInput if it is not installed."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -99,6 +95,17 @@ def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singula
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise BadInput(f"--plot needs {error.name}: pip install -r requirements-plot.txt") from None
+    return plt, TSNE
+
+
+def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singular: dict[str, list[float]],
+         out: str | Path) -> list[Path]:
+    """learning_curves.png, tsne.png and singular_values.png in the folder `out`: a line or a panel per arm of
+    the runs (see report.py), a band from the lowest to the highest seed.
+
+    embedded: Enc(Text) and Enc(Code) of each run, (N, C); singular: of their difference.
+    """
+    plt, TSNE = plotting()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results = {folder: read_result(folder) for folder in folders}

@@ -32,11 +32,11 @@ import torch
 
 from batches import collate_three, fit_splits, fitting
 from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
-from embeddings import analyse, embed_pairs, plot, targets
+from embeddings import analyse, embed_pairs, plot, plotting, targets
 from files import BadInput, Parser, main_guard, read_json, write_text
 from jepa_loss import collapse_report, ntp
 from model import DEVICES, KVCache, Transformer, pick_device
-from report import compare, comparison, read_result, table
+from report import arms_of, compare, comparison, read_result, table
 from runs import summary
 from scores import check_databases, scorer_of
 from tokenizer import FORMATS, Tokenizer
@@ -266,6 +266,8 @@ def show_embeddings(folders: list[str], data_dir: str | None = None, plot_to: st
                     device: str = "auto") -> dict[str, dict]:
     """embeddings.analyse of each run, on its whole test split; written to embeddings.json in its folder."""
     results, embedded = {}, {}
+    if plot_to:
+        plotting(), arms_of({folder: read_result(folder) for folder in folders})  # refused before the work
     for folder in folders:
         model, tokenizer, data, options, _ = reopen(folder, data_dir, False, device)
         test = list(data.test)
@@ -311,6 +313,7 @@ def main() -> None:
     parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
     parser.add_argument("--other_data", action="store_true",
                         help="score on other files than the run's: a run on generated data on the published")
+    parser.add_argument("--against", help="with several runs: hold every arm against the one of this run")
     parser.add_argument("--json", help="with several runs: write all numbers to this file")
     parser.add_argument("--embeddings", action="store_true", help="look at the embeddings instead of scoring")
     parser.add_argument("--plot", help="with --embeddings: draw into this folder")
@@ -324,8 +327,8 @@ def main() -> None:
     models = given.pop("models")
     mode = next((mode for mode in ("prompt", "dataset", "embeddings") if mode in given),
                 "run" if len(models) == 1 else "runs")
-    takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"}, "runs": {"json"},
-             "embeddings": {"embeddings", "data_dir", "plot"},
+    takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"},
+             "runs": {"json", "against"}, "embeddings": {"embeddings", "data_dir", "plot"},
              "dataset": {"dataset", "test_file", "n_test", "on_long", "format", "data_dir"}}[mode]
     own = args.dataset and args.dataset.endswith(".jsonl")
     takes -= {"data_dir"} if own else {"test_file"}
@@ -350,8 +353,8 @@ def main() -> None:
         print(table(show_embeddings(models, args.data_dir, args.plot, args.device or "auto")))
         return
     if mode == "runs":
-        rows = compare({folder: read_result(folder) for folder in models})
-        print(comparison(rows))
+        rows = compare({folder: read_result(folder) for folder in models}, args.against)
+        print(comparison(rows, "baseline" if args.against else "plain"))
         if args.json:
             write_text(args.json, json.dumps(rows, indent=2) + "\n")
         return

@@ -76,10 +76,16 @@ def paired_interval(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000) -> tu
     return difference.mean(), *np.quantile(means, [0.025, 0.975])
 
 
-def settings(config: dict, without: tuple[str, ...]) -> dict:
-    """match_flops names a run, and so a seed: what counts is whether it is given."""
-    return {name: bool(value) if name == "match_flops" else value for name, value in config.items()
-            if name not in without}
+def settings(result: dict) -> dict:
+    """What makes the arm. match_flops names a run, and so a seed: what counts is whether it is given. A base
+    model is what its files are, or, if it is a run, one of any seed."""
+    config = {name: value for name, value in result["config"].items() if name not in WITHIN}
+    return config | {"match_flops": bool(config["match_flops"]), "dtype": result["dtype"],
+                     "init": [] if result.get("init_run") else result["init"]}
+
+
+def without(arm: dict, names: tuple[str, ...]) -> dict:
+    return {name: value for name, value in arm["settings"].items() if name not in names}
 
 
 def arms_of(results: dict[str, dict]) -> list[dict]:
@@ -91,15 +97,15 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
                 r["files"], *(r["config"].get(name) for name in ("dataset", "n_train", "eval_split"))))):
             if same(result) != same(results[first]):
                 raise BadInput(f"{folder} and {first}: not the same {what}; compare them apart")
-        arm = arms.setdefault(json.dumps(settings(result["config"], WITHIN), sort_keys=True), {
-            "settings": settings(result["config"], WITHIN), "seeds": {}})
+        of_arm = settings(result)
+        arm = arms.setdefault(json.dumps(of_arm, sort_keys=True), {"settings": of_arm, "seeds": {}})
         seed = result["config"]["seed"]
         if seed in arm["seeds"]:
             raise BadInput(f"{folder}: seed {seed} of these settings is there twice")
         arm["seeds"][seed] = result
     for arm in arms.values():
         apart = [name for name, value in arm["settings"].items()
-                 if any(other["settings"].get(name) != value for other in arms.values())]
+                 if name != "init" and any(other["settings"].get(name) != value for other in arms.values())]
         arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in apart) or "all"
     return sorted(arms.values(), key=lambda arm: bool(arm["settings"]["lam"]))  # the baselines first
 
@@ -108,21 +114,25 @@ def baseline(arm: dict, arms: list[dict]) -> dict | None:
     """The arm without a JEPA loss that shares the other settings; if there is none, one of equal operations
     (--match_flops), which has no say in how long it trains."""
     for matched, apart in ((False, JEPA), (True, (*JEPA, "epochs", "max_steps"))):
-        rest = settings(arm["settings"], apart)
         for other in arms:
             theirs = other["settings"]
-            if not theirs["lam"] and theirs["match_flops"] == matched and settings(theirs, apart) == rest:
+            if (not theirs["lam"] and theirs["match_flops"] == matched
+                    and without(other, apart) == without(arm, apart)):
                 return other
     return None
 
 
-def compare(results: dict[str, dict]) -> list[dict]:
-    """What the table shows, an entry an arm; results: what the eval.json of each folder holds."""
+def compare(results: dict[str, dict], against: str | None = None) -> list[dict]:
+    """What the table shows, an entry an arm; results: what the eval.json of each folder holds; against: the
+    folder whose arm all others are held against, if not each against its own baseline."""
+    if against and against not in results:
+        raise BadInput(f"--against {against}: not one of the runs")
     arms, rows = arms_of(results), []
+    chosen = next((arm for arm in arms if against and results[against] in arm["seeds"].values()), None)
     for arm in arms:
         runs = list(arm["seeds"].values())
         row = {"arm": arm["name"], "settings": arm["settings"], "seeds": list(arm["seeds"]), "columns": {},
-               "n": runs[0]["n"], "minus_plain": {}}
+               "n": runs[0]["n"], "against": None, "minus": {}}
         for column in COLUMNS:
             values = [run[column] for run in runs if run.get(column) is not None]
             if values:
@@ -130,22 +140,24 @@ def compare(results: dict[str, dict]) -> list[dict]:
                 row["columns"][column] = {"mean": float(np.mean(values)), "std": std}
         for name in ("examples", "flops", "seconds"):
             row[name] = float(np.mean([run["trained"][name] for run in runs]))
-        plain = baseline(arm, arms) if arm["settings"]["lam"] else None
-        common = [seed for seed in arm["seeds"] if plain and seed in plain["seeds"]]
+        other = chosen or (baseline(arm, arms) if arm["settings"]["lam"] else None)
+        other = None if other is arm else other
+        row["against"] = other and other["name"]
+        common = [seed for seed in arm["seeds"] if other and seed in other["seeds"]]
         for column in runs[0].get("items", {}) if common else ():
             a, b = (np.stack([from_hex(of["seeds"][seed]["items"][column], row["n"]) for seed in common])
-                    for of in (arm, plain))
+                    for of in (arm, other))
             mean, low, high = paired_interval(a, b)
-            row["minus_plain"][column] = {"mean": mean, "low": low, "high": high, "seeds": common}
+            row["minus"][column] = {"mean": mean, "low": low, "high": high, "seeds": common}
         rows.append(row)
     return rows
 
 
-def comparison(rows: list[dict]) -> str:
-    """Markdown: a row per arm."""
+def comparison(rows: list[dict], baseline: str = "plain") -> str:
+    """Markdown: a row per arm; baseline: what to call the arm that is subtracted."""
     columns = [column for column in COLUMNS if any(column in row["columns"] for row in rows)]
     against = [column for column in ("exact", "prefix", "dfa_equal", "correct")
-               if any(column in row["minus_plain"] for row in rows)]
+               if any(column in row["minus"] for row in rows)]
 
     def cell(row: dict, column: str) -> str:
         value = row["columns"].get(column)
@@ -155,9 +167,9 @@ def comparison(rows: list[dict]) -> str:
         return shown(column, value["mean"]) + spread
 
     def difference(row: dict, column: str) -> str:
-        d = row["minus_plain"].get(column)
+        d = row["minus"].get(column)
         return "-" if d is None else f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
-    head = ("arm", "seeds", *columns, *(f"{column} - plain" for column in against), "examples", "PFLOP")
+    head = ("arm", "seeds", *columns, *(f"{column} - {baseline}" for column in against), "examples", "PFLOP")
     return markdown([head, *((
         row["arm"], str(len(row["seeds"])), *(cell(row, column) for column in columns),
         *(difference(row, column) for column in against), f"{row['examples']:,.0f}",

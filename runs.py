@@ -96,11 +96,14 @@ def summary(folder: Path) -> dict:
         trained = {name: row[name] for name in ("step", "examples", "tokens", "flops", "seconds")}
     config = {name: value for name, value in run["config"].items() if name not in PLACES}
     view2 = str(Path(config["view2"]))  # no baseline has this file
-    config["view2"] = Path(config["view2"]).name
+    for name in ("view2", "match_flops", "init_from"):
+        config[name] = Path(config[name]).name
+    config["init_from"] = run["init_run"] or config["init_from"]
     return {"config": config,
             "files": [digest for path, digest in run["files"].items() if path != view2],
             "init": list(run["init"].values()),
-            **{name: run[name] for name in ("dtype", "device", "versions", "git_commit")}, "trained": trained}
+            **{name: run[name] for name in ("init_run", "dtype", "device", "versions", "git_commit")},
+            "trained": trained}
 
 
 class Metrics:

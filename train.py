@@ -18,7 +18,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import ranks
 from batches import Rendered, Sampler, Shape, ahead, collate_fused, collate_three, fit_splits, loss_dropout
 from batches import pack, tube_positions
-from config import Config, model_config, parse_config
+from config import Config, describe, model_config, parse_config
 from data import Dataset, announce, load_dataset
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from files import BadInput, main_guard, read_json, write_text
@@ -125,12 +125,10 @@ def step_flops(model: Transformer, batches: list) -> int:
     return sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)
 
 
-def steps_to_match(c: Config, model: Transformer, train: Rendered, sampler: Sampler) -> int:
-    """How many steps reach the operations that the run --match_flops took. Every batch is made for it, which
-    is a hundredth of the work to come."""
-    budget, step = read_json(Path(c.match_flops) / "eval.json").get("trained", {}).get("flops"), 0
-    if not budget:
-        raise BadInput(f"--match_flops {c.match_flops}: its eval.json does not say what the training took")
+def steps_to_match(budget: int, c: Config, model: Transformer, train: Rendered, sampler: Sampler) -> int:
+    """How many steps reach so many operations. Every batch is made for it: a hundredth of the work to come.
+    """
+    step = 0
     while budget > 0:
         budget -= ranks.total([step_flops(model, micro_batches(c, train, sampler.indices(step), step))])[0]
         step += 1
@@ -180,12 +178,32 @@ def view_options(c: Config) -> dict:
     return {name: getattr(c, name) for name in VIEW_OPTIONS}
 
 
+def name_of(init_from: str) -> str:
+    """A run by its settings, without its seed; "" if it is none."""
+    path, known = Path(init_from, "run.json"), {field.name for field in fields(Config)} - {"seed"}
+    if not init_from or not path.exists():
+        return ""
+    config = read_json(path).get("config", {})
+    return describe(Config(**{name: value for name, value in config.items() if name in known}))
+
+
+def budget_of(match_flops: str) -> int | None:
+    """The operations that the run --match_flops took."""
+    if not match_flops:
+        return None
+    flops = read_json(Path(match_flops) / "eval.json").get("trained", {}).get("flops")
+    if not flops:
+        raise BadInput(f"--match_flops {match_flops}: its eval.json does not say what the training took")
+    return flops
+
+
 def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
             or path.name in ("config.json", *CARRIED)] if c.init_from else []
     return {"config": asdict(c), "source": data.source, "files": data.files,
-            "init": {str(path): sha256(path) for path in base},
+            "init": {str(path): sha256(path) for path in base}, "init_run": name_of(c.init_from),
+            "budget": budget_of(c.match_flops),
             "dtype": c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32",
             "system": data.train[0].system, "max_new_tokens": max_new_tokens, "device": str(device),
             "git_commit": git_commit(),
@@ -220,7 +238,8 @@ def train(c: Config) -> dict:
         model, tokenizer = make_model(c, data)
         counts = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-        dtype = open_run(folder, describe_run(c, data, device, limit))["dtype"]
+        run = open_run(folder, describe_run(c, data, device, limit))
+        dtype = run["dtype"]
     if (folder / "eval.json").exists():
         print(f"{folder}: finished before")
         return read_json(folder / "eval.json")
@@ -232,7 +251,7 @@ def train(c: Config) -> dict:
     sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
     total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
     if c.match_flops:
-        total = steps_to_match(c, model, examples, sampler)
+        total = steps_to_match(run["budget"], c, model, examples, sampler)
     every = c.checkpoint_every or sampler.steps_per_epoch
     optimizer, weights = make_optimizer(model, c), trainable(model)
     start, seen, metrics_size = restore(folder, model, optimizer)

@@ -9,8 +9,19 @@ set -euo pipefail
 data=$(realpath "$1")
 shift
 cd "$(dirname "$0")/.."
-wanted=" ${*:-stopping turk_choice} "  # turk: once its epochs are chosen
+wanted=" $* "  # none: all
 seeds="82 23 37 84 4"
+valid="--eval_split valid --compile --seed 82"
+turk="--dataset nlrx_turk --epochs 8"
+small="--n_train 1000 --epochs 32"
+objectives="plain --lam 0
+cosine
+stop_gradient --stop_gradient
+infonce --distance infonce
+mse --distance mse
+lam0.1 --lam 0.1
+alpha0.75 --alpha 0.75
+stp --objective stp"
 
 run() {  # SECTION NAME FLAGS
     kept=results/$1/$2/eval.json
@@ -35,18 +46,44 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             echo stopping jepa23-$eos-$seed --lam 2 --k 3 "$common"
         done
     done
-    # how long to train on TURK: plain training, one seed, on the held-out tenth of train
+    # how long to train: plain training, one seed, on the held-out tenth of train
     for epochs in 4 8 12; do
-        echo turk_choice epochs$epochs --dataset nlrx_turk --eval_split valid --lam 0 --epochs $epochs --seed 82
+        echo turk_choice epochs$epochs --dataset nlrx_turk --lam 0 --epochs $epochs $valid
     done
+    for epochs in 16 32 64; do
+        echo small_choice epochs$epochs --n_train 1000 --lam 0 --epochs $epochs $valid
+    done
+    for lr in 3e-4 1e-3; do
+        echo transfer_choice lr$lr --init_from runs/results/stopping/plain-train_eos-82 $turk --lam 0 \
+            --batch_size 32 --lr $lr $valid
+    done
+    # what keeps the embeddings apart? one seed, on the held-out tenth of train
+    while read -r name flags; do
+        echo search_synth $name --epochs 4 $flags $valid
+        echo search_turk $name $turk $flags $valid
+        echo search_small $name $small $flags $valid
+    done <<< "$objectives"
+    echo search_turk view2 $turk --view2 "$data"/synth_train.jsonl $valid
     for seed in $seeds; do
-        echo turk plain-$seed --dataset nlrx_turk --lam 0 --epochs 4 --seed $seed
-        echo turk jepa-$seed --dataset nlrx_turk --epochs 4 --seed $seed
+        echo turk plain-$seed $turk --lam 0 --compile --seed $seed
+        echo turk jepa-$seed $turk --compile --seed $seed
+        for arm in plain jepa; do
+            echo transfer $arm-$seed --init_from runs/results/stopping/$arm-train_eos-$seed $turk --lr 1e-3 \
+                --batch_size 32 --lam 0 --compile --seed $seed
+        done
+        for alpha in 0 0.75; do
+            echo equal alpha$alpha-$seed --alpha $alpha --match_flops runs/results/stopping/plain-train_eos-$seed \
+                --compile --seed $seed
+        done
+    done
+    for seed in 82 23 37; do
+        echo overfit plain-$seed --epochs 20 --lam 0 --compile --seed $seed
+        echo overfit jepa-$seed --epochs 20 --compile --seed $seed
     done
 }
 
 export -f run
 export data
 list | while read -r section rest; do
-    case $wanted in *" $section "*) echo "$section $rest" ;; esac
+    case $wanted in "  " | *" $section "*) echo "$section $rest" ;; esac
 done | xargs -P 2 -I {} bash -c 'run $1' _ {}

@@ -132,7 +132,8 @@ def test_from_a_run_to_another_task(talks, tmp_path):
         out = tmp_path / f"next{k}"
         train.train(train.parse_config([*first, "--init_from", str(tmp_path / "first"), "--lr", "1e-9",
                                         "--max_steps", "1", "--out", str(out), *flags]))
-        ended = weights(out)
+        ended, run = weights(out), json.loads((out / "run.json").read_text())
+        assert run["init_run"].startswith("train-dim16-n_layers1-") and "k2" in run["init_run"]
         assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
         assert len(ended.get("pred_embedding", ())) == k
         for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):

@@ -14,12 +14,13 @@ from files import BadInput
 from report import compare, comparison, from_hex, paired_interval, read_result
 
 
-def result(seed, exact, test="abc", files=("t", "u"), **changed):
+def result(seed, exact, test="abc", files=("t", "u"), init=(), init_run="", **changed):
     """What an eval.json holds, as far as tables look at it."""
     return {"config": {"dataset": "d", "n_train": 0, "eval_split": "test", "lam": 1.0, "k": 1, "seed": seed,
-                       "train_eos": True, "match_flops": "", "device": "cpu", **changed},
-            "n": len(exact), "test": test, "files": list(files), "exact": float(np.mean(exact)),
-            "items": {"exact": to_hex(exact)}, "trained": {"examples": 10, "flops": 2e15, "seconds": 1.0}}
+                       "train_eos": True, "match_flops": "", "init_from": "", "device": "cpu", **changed},
+            "init": list(init), "init_run": init_run, "dtype": "bfloat16", "n": len(exact), "test": test,
+            "files": list(files), "exact": float(np.mean(exact)), "items": {"exact": to_hex(exact)},
+            "trained": {"examples": 10, "flops": 2e15, "seconds": 1.0}}
 
 
 def test_verdicts_survive_packing():
@@ -55,11 +56,11 @@ def test_seeds_are_one_arm_and_differences_are_paired():
                     "n1": result(1, a, train_eos=False), "q1": result(1, c, match_flops="p1")})
     assert [row["seeds"] for row in rows] == [[1, 2], [1, 2, 3], [1], [1]]
     assert rows[0]["columns"]["exact"] == {"mean": 0.375, "std": pytest.approx(np.std([.5, .25], ddof=1))}
-    assert rows[0]["minus_plain"] == {}  # it is the plain one
-    assert rows[1]["minus_plain"]["exact"]["mean"] == pytest.approx(0.375)  # of seeds 1 and 2 alone
-    assert rows[1]["minus_plain"]["exact"]["seeds"] == [1, 2]
-    assert rows[2]["minus_plain"] == {}  # there is no plain arm whose end token is not trained
-    assert rows[3]["minus_plain"]["exact"]["mean"] == pytest.approx(0.25)
+    assert rows[0]["minus"] == {}  # it is the plain one
+    assert rows[1]["minus"]["exact"]["mean"] == pytest.approx(0.375)  # of seeds 1 and 2 alone
+    assert rows[1]["minus"]["exact"]["seeds"] == [1, 2]
+    assert rows[2]["minus"] == {}  # there is no plain arm whose end token is not trained
+    assert rows[3]["minus"]["exact"]["mean"] == pytest.approx(0.25)
     assert rows[1]["arm"] == "lam 1.0, k 1, train_eos True, match_flops False" and json.dumps(rows)
     lines = comparison(rows).splitlines()
     assert "| 37.50 ± 17.68 |" in lines[2] and "| +37.50 [" in lines[3] and len(lines) == 6
@@ -72,7 +73,24 @@ def test_a_baseline_of_equal_operations_if_there_is_no_other():
     plain = result(1, [1, 1, 0, 0], lam=0.0, epochs=4, log_every=7)
     for runs, mean in (([jepa, long], 0.5), ([jepa, long, plain], 0.25), ([plain, long, jepa], 0.25)):
         rows = compare({str(i): run for i, run in enumerate(runs)})
-        assert rows[-1]["minus_plain"]["exact"]["mean"] == mean
+        assert rows[-1]["minus"]["exact"]["mean"] == mean
+
+
+def test_a_chosen_baseline_and_runs_for_bases():
+    """Each seed begins with a run of its own; other weights in a folder of the same name are another arm."""
+    runs = {"s": result(1, [0, 0, 0, 0], lam=0.0)}
+    for seed in (1, 2):
+        runs[f"p{seed}"] = result(seed, [1, 0, 0, 0], lam=0.0, init=[f"p{seed}"], init_run="p", init_from="p")
+        runs[f"j{seed}"] = result(seed, [1, 1, 1, 0], lam=0.0, init=[f"j{seed}"], init_run="j", init_from="j")
+    rows = compare(runs, "p2")
+    assert [(row["arm"], row["seeds"], row["against"]) for row in rows] == [
+        ("init_from ", [1], "init_from p"), ("init_from p", [1, 2], None),
+        ("init_from j", [1, 2], "init_from p")]
+    assert [row["minus"].get("exact", {}).get("mean") for row in rows] == [-0.25, None, 0.5]
+    assert "exact - baseline" in comparison(rows, "baseline")
+    assert len(compare({str(x): result(x, [1], init=[x], init_from="base") for x in (1, 2)})) == 2
+    with pytest.raises(BadInput, match="--against x: not one of the runs"):
+        compare(runs, "x")
 
 
 @pytest.mark.parametrize("other,message", [
@@ -106,6 +124,8 @@ def test_equal_operations_and_the_table_of_runs(argv, tmp_path, monkeypatch, cap
     assert plain["trained"]["flops"] < 0.9 * took and rows[-2]["flops"] < took <= rows[-1]["flops"]
     assert rows[-1]["flops"] == matched["trained"]["flops"] and rows[-1]["lr"] < 1e-5
     assert plain["trained"]["examples"] == jepa["trained"]["examples"] < matched["trained"]["examples"]
+    budget = json.loads((tmp_path / "matched" / "run.json").read_text())["budget"]
+    assert budget == took and matched["config"]["match_flops"] == "jepa"  # a name, no place
     runs["view2"], other = str(tmp_path / "view2"), tmp_path / "other.jsonl"
     shutil.copy(argv[1], other)
     train.train(train.parse_config([*argv, "--view2", str(other), "--out", runs["view2"]]))
@@ -114,4 +134,4 @@ def test_equal_operations_and_the_table_of_runs(argv, tmp_path, monkeypatch, cap
     eval.main()
     assert len(capsys.readouterr().out.splitlines()) == 6
     rows = json.loads((tmp_path / "t.json").read_text())
-    assert [len(row["minus_plain"]) > 0 for row in rows] == [False, False, True, True]
+    assert [len(row["minus"]) > 0 for row in rows] == [False, False, True, True]
