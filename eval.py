@@ -33,11 +33,11 @@ import torch
 from batches import collate_three, fit_splits, fitting
 from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
 from embeddings import analyse, embed_pairs, plot, plotting, targets
-from files import BadInput, Parser, main_guard, read_json, write_text
+from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import collapse_report, ntp
 from model import DEVICES, KVCache, Transformer, pick_device
 from report import arms_of, compare, comparison, read_result, table
-from runs import summary
+from runs import read_run, summary, verify
 from scores import check_databases, scorer_of
 from tokenizer import FORMATS, Tokenizer
 
@@ -218,13 +218,8 @@ def load_run(folder: str | Path) -> dict:
     path = Path(folder) / "run.json"
     if not path.exists():
         raise BadInput(f"{path}: no such file; --dataset scores a model that is no run of train.py")
-    run = read_json(path)
-    needed = {"dataset", "data_dir", "test_file", "view2", "n_train", "n_test", "eval_split", "on_long",
-              "format", *VIEW_OPTIONS}
-    known = {"config", "source", "files", "max_new_tokens"} <= run.keys()
-    if not known or not isinstance(run["config"], dict) or not needed <= run["config"].keys():
-        raise BadInput(f"{path}: not written by this program's train.py")
-    return run
+    verify(folder)
+    return read_run(folder)
 
 
 def reopen(folder: str | Path, data_dir: str | None, other_data: bool,

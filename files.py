@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -65,15 +66,63 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, at a moment at which all is consistent."""
+
+
+class Interrupts:
+    """A handler of Ctrl-C and SIGTERM: KeyboardInterrupt at once; within `later()` only `asked` is set, and a
+    second one raised."""
+    asked, waits = 0, False
+
+    def __call__(self, number: int, _) -> None:
+        patient, self.asked = self.waits and not self.asked, number
+        if not patient:
+            raise KeyboardInterrupt
+
+    def look(self) -> None:
+        if self.asked:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def later(self):
+        """Interrupted is raised where somebody looks, or at the end."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        self.look()
+
+    @contextlib.contextmanager
+    def now(self):
+        """Within `later()`: a block that can be left anywhere."""
+        self.waits = False
+        try:
+            self.look()
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted from None
+        finally:
+            self.waits = True
+
+
+interrupts = Interrupts()
+
+
 @contextlib.contextmanager
 def main_guard():
     """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
-    2."""
+    2; SIGTERM and Ctrl-C are one line and, as shells have it, 128 + the signal."""
+    old = {number: signal.signal(number, interrupts) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # as shells have it: 128 + SIGINT
+    except KeyboardInterrupt as error:
+        print(f"interrupted{str(error) and ': '}{error}", file=sys.stderr)
+        sys.exit(128 + (interrupts.asked or signal.SIGINT))
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

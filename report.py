@@ -62,8 +62,12 @@ def from_hex(text: str, n: int) -> np.ndarray:
 def read_result(folder: str | Path) -> dict:
     path = Path(folder) / "eval.json"
     result = read_json(path)
-    if not {"config", "trained", "test", "files", "n"} <= result.keys():
-        raise BadInput(f"{path}: not a run's, or an older version's; train it again")
+    try:  # can it be shown alone, and paired?
+        comparison(compare({str(folder): result}))
+        if any(len(from_hex(text, result["n"])) != result["n"] for text in result.get("items", {}).values()):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise BadInput(f"{path}: not a run's, damaged, or an older version's; train it again") from None
     return result
 
 

@@ -33,13 +33,13 @@ from batches import pack, tube_positions
 from config import Config, describe, model_config, parse_config
 from data import Dataset, announce, load_dataset
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
-from files import BadInput, main_guard, read_json, write_text
+from files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
 from jepa_loss import total_loss
 from model import Transformer, pick_device
 from published import sha256
 from report import brief, table
-from runs import Metrics, git_commit, open_run, restore, save_state, summary, trainable
+from runs import Run, git_commit, summary, trainable, verify
 from scores import check_databases
 from tokenizer import CARRIED, Tokenizer, train_bpe
 
@@ -162,6 +162,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
         return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
     if not Path(c.init_from).is_dir():
         raise BadInput(f"--init_from {c.init_from}: no such folder")
+    verify(c.init_from)
     model = Transformer.from_pretrained(c.init_from, torch.float32)
     tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
     if model.pred_embedding is None or len(model.pred_embedding) != c.k:
@@ -228,34 +229,22 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-def train(c: Config) -> dict:
-    """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
-    device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
-    with ranks.zero_first():
-        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test, c.view2)
-        announce(data)
-        check_databases(data)
-        model, tokenizer = make_model(c, data)
-        counts = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
-        limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-        run = open_run(folder, describe_run(c, data, device, limit))
-        dtype = run["dtype"]
-    if (folder / "eval.json").exists():
-        print(f"{folder}: finished before")
-        return read_json(folder / "eval.json")
-
+def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset, counts: np.ndarray,
+        device: torch.device) -> None:
+    """All steps that the run still lacks; counts: batches.fitting's of data.train."""
+    dtype, options = run.record["dtype"], view_options(c)
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     model.grad_checkpointing = c.grad_checkpointing
     set_precision(dtype)
     examples = Rendered(data.train, tokenizer, **options)
     sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
-    total = min(c.max_steps or math.inf, c.epochs * sampler.steps_per_epoch)
+    an_epoch = sampler.steps_per_epoch
+    total = min(c.max_steps or math.inf, c.epochs * an_epoch)
     if c.match_flops:
-        total = steps_to_match(run["budget"], c, model, examples, sampler)
-    every = c.checkpoint_every or sampler.steps_per_epoch
+        total = steps_to_match(run.record["budget"], c, model, examples, sampler)
+    every = c.checkpoint_every or an_epoch
     optimizer, weights = make_optimizer(model, c), trainable(model)
-    start, seen, metrics_size = restore(folder, model, optimizer)
-    metrics = Metrics(folder / "metrics.jsonl", metrics_size) if ranks.rank == 0 else None
+    start, seen = run.restore(model, optimizer, every)
     compiled = c.compile if c.compile is not None else device.type == "cuda"
     fixed = c.row_len and c.distance != "infonce" and (
         device.type == "cuda" if c.fixed_shapes is None else c.fixed_shapes)
@@ -266,7 +255,7 @@ def train(c: Config) -> dict:
     n_trained = sum(weight.numel() for weight in weights.values())
     print(f"{model.n_params():,} parameters{f' ({n_trained:,} trained)' if c.lora_rank else ''}, "
           f"{len(examples)} examples, {total} steps on {ranks.world} x {device} "
-          f"in {dtype}{', compiled' if compiled else ''}; run folder {folder}"
+          f"in {dtype}{', compiled' if compiled else ''}; run folder {run.folder}"
           f"{f', from step {start}' if start else ''}", flush=True)
 
     bar = tqdm(range(start, total), initial=start, total=total, disable=ranks.rank > 0 or None, unit="step",
@@ -275,56 +264,88 @@ def train(c: Config) -> dict:
                 for step in range(start, total))
     if c.prefetch:
         collated = ahead(collated)
-    began, logged = time.perf_counter() - seen["seconds"], seen
-    for step, batches in zip(bar, collated, strict=True):
-        torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
-        n_tokens, n_pairs, flops = ranks.total(
-            [sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), step_flops(model, batches)])
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, total, c)
-        ntp = jepa = 0.0
-        for batch in batches:
-            losses = step_losses(batch.to(device, wait=not c.prefetch))
-            total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
-            ntp, jepa = ntp + losses.ntp_sum.detach() / n_tokens, jepa + losses.jepa_sum.detach() / n_pairs
-        ranks.sum_gradients(weights.values())
-        grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    began, logged, saved, step = time.perf_counter() - seen["seconds"], seen, start, start
+    try:
+        for step, batches in zip(bar, collated, strict=True):
+            torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
+            n_tokens, n_pairs, flops, interrupted = ranks.total(
+                [sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches),
+                 step_flops(model, batches), interrupts.asked])
+            if interrupted:  # one of the ranks is: all stop here
+                raise Interrupted
+            if ranks.rank == 0 and step and step % an_epoch == 0:
+                with interrupts.now():
+                    look, _ = evaluate(model, tokenizer, data, options, run.record["max_new_tokens"], n=200)
+                look.pop("items", None)
+                began += look["seconds"]
+                run.write({"step": step, "epoch": step / an_epoch, **seen, "look": look})
+                tqdm.write(f"epoch {step // an_epoch}, {look['n']} {c.eval_split} items: {brief(look)}")
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, total, c)
+            ntp = jepa = 0.0
+            for batch in batches:
+                losses = step_losses(batch.to(device, wait=not c.prefetch))
+                total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
+                ntp = ntp + losses.ntp_sum.detach() / n_tokens
+                jepa = jepa + losses.jepa_sum.detach() / n_pairs
+            ranks.sum_gradients(weights.values())
+            grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
+            if not math.isfinite(float(grad_norm + ntp + jepa)):  # waits for the device
+                where = ", ".join(data.train[int(i)].where for i in sampler.indices(step))
+                raise BadInput(f"step {step + 1}: the loss is {float(ntp)} + {c.lam} * {float(jepa)}, the "
+                               f"gradient's norm {float(grad_norm)}; the checkpoint of step {saved} is kept; "
+                               f"try a lower --lr, or look at the step's examples: {where}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        seen = {"examples": seen["examples"] + n_pairs, "tokens": seen["tokens"] + n_tokens,
-                "flops": seen["flops"] + flops, "seconds": seen["seconds"]}
-        epoch_ends = done % sampler.steps_per_epoch == 0
-        if done % c.log_every == 0 or done % every == 0 or epoch_ends or done == total:
-            ntp, jepa = ranks.total([float(ntp), float(jepa)])  # waits for the device
-            seen["seconds"] = time.perf_counter() - began
-            where = {"step": done, "epoch": done / sampler.steps_per_epoch, **seen}
-            if not math.isfinite(ntp + jepa + float(grad_norm)):
-                raise BadInput(f"step {done}: the loss is {ntp} + {c.lam} * {jepa}, the gradient's norm "
-                               f"{float(grad_norm)}; the last checkpoint is kept; try a lower --lr")
-            speed = round((seen["tokens"] - logged["tokens"]) / (seen["seconds"] - logged["seconds"]))
-            logged = seen
-            bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
-            if ranks.rank == 0:
-                metrics.write(where | {"ntp": ntp, "jepa": jepa, "loss": c.gamma * ntp + c.lam * jepa,
-                                       "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm),
-                                       "tokens_per_s": speed})
-        if ranks.rank == 0 and epoch_ends and done < total:
-            look, _ = evaluate(model, tokenizer, data, options, limit, n=200)
-            look.pop("items", None)
-            began += look["seconds"]
-            metrics.write(where | {"look": look})
-            tqdm.write(f"epoch {where['epoch']:.0f}, {look['n']} {c.eval_split} items: {brief(look)}")
-        if ranks.rank == 0 and (done % every == 0 or done == total):
-            save_state(folder, {"model": weights, "optimizer": optimizer.state_dict(),
-                                "step": done, "seen": seen, "metrics_size": metrics.size()})
-    return finish(folder, model, tokenizer, data, options, limit) if ranks.rank == 0 else {}
+            done = step + 1
+            seen = {"examples": seen["examples"] + n_pairs, "tokens": seen["tokens"] + n_tokens,
+                    "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
+            if done % c.log_every == 0 or done % every == 0 or done % an_epoch == 0 or done == total:
+                ntp, jepa = ranks.total([float(ntp), float(jepa)])
+                speed = round((seen["tokens"] - logged["tokens"]) / (seen["seconds"] - logged["seconds"]))
+                logged = seen
+                bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
+                run.write({"step": done, "epoch": done / an_epoch, **seen, "ntp": ntp, "jepa": jepa,
+                           "loss": c.gamma * ntp + c.lam * jepa, "lr": optimizer.param_groups[0]["lr"],
+                           "grad_norm": float(grad_norm), "tokens_per_s": speed})
+            if done % every == 0 or done == total:
+                run.save(model, optimizer, done, seen)
+                saved = done
+    except Interrupted:
+        run.save(model, optimizer, step, seen)
+        raise Interrupted(f"the same command goes on from step {step}") from None
+
+
+def train(c: Config) -> dict:
+    """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
+    device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
+    with ranks.zero_first():
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test, c.view2)
+        announce(data)
+        check_databases(data)
+        model, tokenizer = make_model(c, data)
+        counts = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
+        limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+        run = Run(folder, describe_run(c, data, device, limit), writes=ranks.rank == 0)
+    with run:
+        if (folder / "eval.json").exists():
+            verify(folder)
+            print(f"{folder}: finished before")
+            return read_json(folder / "eval.json")
+        with interrupts.later():
+            fit(c, run, model, tokenizer, data, counts, device)
+        if ranks.rank:
+            return {}
+        return finish(folder, model, tokenizer, data, options, limit)
 
 
 def main() -> None:
     c = parse_config(description=__doc__)
-    result = train(c)
+    try:
+        result = train(c)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or "the same command goes on from the last checkpoint") from None
     ranks.leave()
     if ranks.rank:
         return

@@ -106,7 +106,7 @@ def test_what_cannot_be_compared_is_refused(other, message):
 
 def test_results_of_older_versions_are_refused(tmp_path):
     (tmp_path / "eval.json").write_text('{"exact": 0.5}')
-    with pytest.raises(BadInput, match="eval.json: not a run's, or an older version's"):
+    with pytest.raises(BadInput, match="eval.json: not a run's, damaged, or an older version's"):
         read_result(tmp_path)
 
 
