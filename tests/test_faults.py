@@ -386,7 +386,8 @@ def test_memory_stays_flat(argv, tmp_path):  # noqa: F811
         lines = (tmp_path / "run" / "metrics.jsonl").exists() and rows_of(tmp_path / "run")
         if lines and lines[-1]["step"] > 2000:  # allocators have warmed up
             resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            points.append((lines[-1]["step"] / 1000, resident * page / 2**20))
+            if resident:  # it may have ended
+                points.append((lines[-1]["step"] / 1000, resident * page / 2**20))
     assert process.returncode == 0 and rows_of(tmp_path / "run")[-1]["step"] == 20_000
     slope = np.polyfit(*zip(*points, strict=True), 1)[0]
     print(f"{slope:.4f} MiB per 1,000 steps, {points[-1][1]:.0f} MiB at the end")

@@ -21,14 +21,16 @@ def cells(markdown: str) -> list[list[str]]:
 def test_table(arguments, table, monkeypatch):
     """Cell by cell."""
     monkeypatch.chdir(ROOT)
-    folders = sorted(folder for pattern in shlex.split(arguments) for folder in glob(pattern))
+    patterns, _, against = arguments.partition(" --against ")
+    folders = sorted(folder for pattern in shlex.split(patterns) for folder in glob(pattern))
     assert folders
-    assert cells(table) == cells(comparison(compare({folder: read_result(folder) for folder in folders})))
+    rows = compare({folder: read_result(folder) for folder in folders}, against)
+    assert cells(table) == cells(comparison(rows, "baseline" if against else "plain"))
 
 
 def test_there_are_tables_and_every_result_is_in_one():
     assert TABLES
-    shown = {folder for arguments, _ in TABLES for pattern in shlex.split(arguments)
+    shown = {folder for arguments, _ in TABLES for pattern in shlex.split(arguments.partition(" --")[0])
              for folder in glob(str(ROOT / pattern))}
     kept = {str(path.parent) for path in (ROOT / "results").rglob("eval.json")}
     assert kept <= shown, kept - shown
