@@ -10,8 +10,9 @@
 
 A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt
 (the last checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and
-eval.json. The same command started again goes on where the last checkpoint left it, and ends with the same
-weights, bit for bit on a CPU: nothing in a run depends on anything but (seed, step).
+eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same command started again goes on where the last one
+left it, and ends with the same weights, bit for bit on a CPU: nothing in a run depends on anything but (seed,
+step).
 """
 import json
 import math
@@ -267,7 +268,6 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     began, logged, saved, step = time.perf_counter() - seen["seconds"], seen, start, start
     try:
         for step, batches in zip(bar, collated, strict=True):
-            torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
             n_tokens, n_pairs, flops, interrupted = ranks.total(
                 [sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches),
                  step_flops(model, batches), interrupts.asked])
@@ -280,6 +280,7 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
                 began += look["seconds"]
                 run.write({"step": step, "epoch": step / an_epoch, **seen, "look": look})
                 tqdm.write(f"epoch {step // an_epoch}, {look['n']} {c.eval_split} items: {brief(look)}")
+            torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, c)
             ntp = jepa = 0.0
@@ -292,8 +293,9 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
             grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
             if not math.isfinite(float(grad_norm + ntp + jepa)):  # waits for the device
                 where = ", ".join(data.train[int(i)].where for i in sampler.indices(step))
+                kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
                 raise BadInput(f"step {step + 1}: the loss is {float(ntp)} + {c.lam} * {float(jepa)}, the "
-                               f"gradient's norm {float(grad_norm)}; the checkpoint of step {saved} is kept; "
+                               f"gradient's norm {float(grad_norm)}; {kept}; "
                                f"try a lower --lr, or look at the step's examples: {where}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
