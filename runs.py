@@ -53,10 +53,10 @@ def verify(folder: str | Path) -> None:
         return
     read_run(folder)
     sums = read_json(path).get("sha256")
-    if not isinstance(sums, dict) or not sums:
+    if not isinstance(sums, dict) or not sums or set(sums) - set(WRITTEN):
         raise BadInput(f"{path}: not written by this program; move it away and start train.py again")
     for name, digest in sums.items():
-        file = Path(folder) / Path(name).name
+        file = Path(folder) / name
         if not file.is_file() or sha256(file) != digest:
             raise BadInput(f"{file}: missing, damaged or of another run, says eval.json; put its own back, or"
                            " move eval.json away and start train.py again")

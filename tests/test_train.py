@@ -33,6 +33,10 @@ def argv(pairs, tmp_path):
             "--out", str(tmp_path / "run"), "--device", "cpu", *TINY]
 
 
+no_double_attention = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="it cannot compile float64 attention's backward on a CPU")
+
+
 def command(arguments, **options):
     return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True,
                           text=True, **options)
@@ -210,6 +214,7 @@ def test_the_arms_see_the_same_examples(argv, tmp_path):
     assert counts[0] == counts[1] == counts[2] == counts[3]
 
 
+@no_double_attention
 def test_nothing_recompiles_with_fixed_shapes(argv, tmp_path):
     """Every batch of a run has one shape, the last of an epoch and those without a view, too; after the fifth
     step nothing is compiled again. The losses are those of free shapes."""
@@ -261,6 +266,7 @@ def test_no_prefetch_starts_no_thread(argv, monkeypatch):
     train.train(train.parse_config([*argv, "--max_steps", "2", "--no-prefetch"]))
 
 
+@no_double_attention
 def test_compiled_equals_eager(argv):
     """Losses and gradients of batches of two shapes, to the rounding of the float32 cosines of the rotary
     table."""
