@@ -161,7 +161,7 @@ def test_asked_to_stop(forks, argv, tmp_path, number):  # noqa: F811
     for _ in range(4):
         before, end = size_of(run / "metrics.jsonl"), time.monotonic() + 60
         pid = forks.start("train", [*argv, "--out", run])
-        while size_of(run / "metrics.jsonl") <= before and time.monotonic() < end:  # until it has taken a step
+        while size_of(run / "metrics.jsonl") <= before and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
         os.kill(pid, number)
