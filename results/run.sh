@@ -21,7 +21,9 @@ infonce --distance infonce
 mse --distance mse
 lam0.1 --lam 0.1
 alpha0.75 --alpha 0.75
-stp --objective stp"
+stp --objective stp
+infonce0.1 --distance infonce --lam 0.1
+stp0.02 --objective stp --lam 0.02"
 
 run() {  # SECTION NAME FLAGS
     kept=results/$1/$2/eval.json
