@@ -206,8 +206,7 @@ def load_model(folder: str | Path, device: str = "auto",
                format: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model, in float32, and tokenizer of a finished run or of a Hugging Face folder."""
     folder = Path(folder)
-    if (folder / "run.json").exists() and not (folder / "model.safetensors").exists():
-        raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
+    verify(folder)
     model = Transformer.from_pretrained(folder, torch.float32)
     tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
     return model.to(pick_device(device)).eval(), tokenizer

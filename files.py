@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -71,13 +72,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """A handler of Ctrl-C and SIGTERM: KeyboardInterrupt at once; within `later()` only `asked` is set, and a
-    second one raised."""
-    asked, waits = 0, False
+    """A handler of Ctrl-C and SIGTERM: KeyboardInterrupt at once. While `waits` is set, only `asked` is set,
+    and a second one a second later is raised (launchers send the first one twice)."""
+    asked, since, waits = 0, 0.0, False
 
     def __call__(self, number: int, _) -> None:
-        patient, self.asked = self.waits and not self.asked, number
-        if not patient:
+        if not self.asked:
+            self.since = time.monotonic()
+        self.asked = number
+        if not self.waits or time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
 
     def look(self) -> None:
@@ -85,18 +88,8 @@ class Interrupts:
             raise Interrupted
 
     @contextlib.contextmanager
-    def later(self):
-        """Interrupted is raised where somebody looks, or at the end."""
-        self.waits = True
-        try:
-            yield
-        finally:
-            self.waits = False
-        self.look()
-
-    @contextlib.contextmanager
     def now(self):
-        """Within `later()`: a block that can be left anywhere."""
+        """While others wait: a block that can be left anywhere."""
         self.waits = False
         try:
             self.look()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from files import BadInput, read_json
+from runs import verify
 
 JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
         "pred_first", "reverse", "match_flops")
@@ -62,6 +63,8 @@ def from_hex(text: str, n: int) -> np.ndarray:
 def read_result(folder: str | Path) -> dict:
     path = Path(folder) / "eval.json"
     result = read_json(path)
+    if (Path(folder) / "run.json").exists():
+        verify(folder)
     try:  # can it be shown alone, and paired?
         comparison(compare({str(folder): result}))
         if any(len(from_hex(text, result["n"])) != result["n"] for text in result.get("items", {}).values()):
@@ -97,8 +100,10 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
     the runs saw different data, or if two are the same."""
     first, arms = next(iter(results)), {}
     for folder, result in results.items():
-        for what, same in (("test set", lambda r: r["test"]), ("training data", lambda r: (
-                r["files"], *(r["config"].get(name) for name in ("dataset", "n_train", "eval_split"))))):
+        for what, same in (
+                ("test set", lambda r: (r["test"], r["n"], sorted(r.get("items", {})))),
+                ("training data", lambda r: (r["files"], *(
+                    r["config"].get(name) for name in ("dataset", "n_train", "eval_split"))))):
             if same(result) != same(results[first]):
                 raise BadInput(f"{folder} and {first}: not the same {what}; compare them apart")
         of_arm = settings(result)

@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from config import Config
 from files import BadInput, atomic, read_json, write_text
 from published import sha256
 from tokenizer import CARRIED
@@ -20,8 +22,11 @@ except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
 VERSION = 1  # of run folders; raised when what they hold changes
+RECORDED = {"source", "init_run", "budget", "dtype", "system", "max_new_tokens", "device", "git_commit",
+            "versions"}
 PLACES = ("out", "data_dir")  # settings that say where things are, and nothing of what they are
-WRITTEN = ("run.json", "metrics.jsonl", "config.json", "model.safetensors", *CARRIED)
+WRITTEN = ("run.json", "metrics.jsonl", "config.json", "model.safetensors", "pred_embedding.safetensors",
+           *CARRIED)
 
 
 def git_commit() -> str | None:
@@ -43,16 +48,25 @@ def read_run(folder: str | Path) -> dict:
     if run.get("version") != VERSION:
         raise BadInput(f"{path}: of version {run.get('version')!r}, and this program reads version {VERSION};"
                        f" use the program that wrote it (commit {run.get('git_commit')!r}), or train again")
+    if not RECORDED <= run.keys() or not {field.name for field in fields(Config)} <= run["config"].keys():
+        raise BadInput(f"{path}: damaged; put its own back, or choose another --out")
     return run
 
 
 def verify(folder: str | Path) -> None:
-    """BadInput if a file of a finished run is not the one that the run wrote."""
-    path = Path(folder) / "eval.json"
-    if not (Path(folder) / "run.json").exists() or not path.exists():
+    """BadInput if a run is not finished, or a file of it is not the one that it wrote. Any other folder may
+    pass."""
+    path, is_run = Path(folder) / "eval.json", (Path(folder) / "run.json").exists()
+    if is_run:
+        read_run(folder)
+        if not path.exists():
+            raise BadInput(f"{folder}: training is not finished; start the same train.py command again to "
+                           "go on")
+    elif not (Path(folder) / "model.safetensors").exists() or not path.exists():
         return
-    read_run(folder)
     sums = read_json(path).get("sha256")
+    if sums is None and not is_run:
+        return
     if not isinstance(sums, dict) or not sums or set(sums) - set(WRITTEN):
         raise BadInput(f"{path}: not written by this program; move it away and start train.py again")
     for name, digest in sums.items():
@@ -101,6 +115,7 @@ class Run:
                     fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BadInput(f"{folder}: another process is training here; choose another --out") from None
+            new = not path.exists()  # another process may have been here until now
         try:
             if new:
                 write_text(path, json.dumps({"version": VERSION} | record, indent=2) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import derivatives
 from data import Dataset, Example
-from files import BadInput
+from files import BadInput, interrupts
 
 
 def same_language(answer: str, example: Example) -> bool | None:
@@ -106,6 +106,8 @@ def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
                 return None
         return (len(cursor.description), rows) if cursor.description else None  # an empty statement has none
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
+        if interrupts.asked:  # SQLite made an error of its own of the KeyboardInterrupt
+            raise KeyboardInterrupt from None
         return None
     finally:
         connection.close()

@@ -14,6 +14,7 @@ eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same command started again
 left it, and ends with the same weights, bit for bit on a CPU: nothing in a run depends on anything but (seed,
 step).
 """
+import contextlib
 import json
 import math
 import platform
@@ -39,7 +40,7 @@ from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_grad
 from jepa_loss import total_loss
 from model import Transformer, pick_device
 from published import sha256
-from report import brief, table
+from report import brief, read_result, table
 from runs import Run, git_commit, summary, trainable, verify
 from scores import check_databases
 from tokenizer import CARRIED, Tokenizer, train_bpe
@@ -193,8 +194,8 @@ def budget_of(match_flops: str) -> int | None:
     """The operations that the run --match_flops took."""
     if not match_flops:
         return None
-    flops = read_json(Path(match_flops) / "eval.json").get("trained", {}).get("flops")
-    if not flops:
+    flops = read_result(match_flops)["trained"]["flops"]
+    if type(flops) is not int or flops < 1:
         raise BadInput(f"--match_flops {match_flops}: its eval.json does not say what the training took")
     return flops
 
@@ -266,16 +267,19 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     if c.prefetch:
         collated = ahead(collated)
     began, logged, saved, step = time.perf_counter() - seen["seconds"], seen, start, start
+    interrupts.waits = True
     try:
         for step, batches in zip(bar, collated, strict=True):
+            look = None
+            if ranks.rank == 0 and step and step % an_epoch == 0:
+                with contextlib.suppress(Interrupted), interrupts.now():  # if interrupted, repeated on resume
+                    look, _ = evaluate(model, tokenizer, data, options, run.record["max_new_tokens"], n=200)
             n_tokens, n_pairs, flops, interrupted = ranks.total(
                 [sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches),
                  step_flops(model, batches), interrupts.asked])
             if interrupted:  # one of the ranks is: all stop here
                 raise Interrupted
-            if ranks.rank == 0 and step and step % an_epoch == 0:
-                with interrupts.now():
-                    look, _ = evaluate(model, tokenizer, data, options, run.record["max_new_tokens"], n=200)
+            if look:
                 look.pop("items", None)
                 began += look["seconds"]
                 run.write({"step": step, "epoch": step / an_epoch, **seen, "look": look})
@@ -291,10 +295,11 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
                 jepa = jepa + losses.jepa_sum.detach() / n_pairs
             ranks.sum_gradients(weights.values())
             grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
-            if not math.isfinite(float(grad_norm + ntp + jepa)):  # waits for the device
+            ntp, jepa = ranks.total([float(ntp), float(jepa)])  # waits for the device
+            if not math.isfinite(float(grad_norm) + ntp + jepa):
                 where = ", ".join(data.train[int(i)].where for i in sampler.indices(step))
                 kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-                raise BadInput(f"step {step + 1}: the loss is {float(ntp)} + {c.lam} * {float(jepa)}, the "
+                raise BadInput(f"step {step + 1}: the loss is {ntp} + {c.lam} * {jepa}, the "
                                f"gradient's norm {float(grad_norm)}; {kept}; "
                                f"try a lower --lr, or look at the step's examples: {where}")
             optimizer.step()
@@ -304,7 +309,6 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
             seen = {"examples": seen["examples"] + n_pairs, "tokens": seen["tokens"] + n_tokens,
                     "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
             if done % c.log_every == 0 or done % every == 0 or done % an_epoch == 0 or done == total:
-                ntp, jepa = ranks.total([float(ntp), float(jepa)])
                 speed = round((seen["tokens"] - logged["tokens"]) / (seen["seconds"] - logged["seconds"]))
                 logged = seen
                 bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
@@ -317,6 +321,9 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     except Interrupted:
         run.save(model, optimizer, step, seen)
         raise Interrupted(f"the same command goes on from step {step}") from None
+    finally:
+        interrupts.waits = False
+    interrupts.look()
 
 
 def train(c: Config) -> dict:
@@ -335,8 +342,7 @@ def train(c: Config) -> dict:
             verify(folder)
             print(f"{folder}: finished before")
             return read_json(folder / "eval.json")
-        with interrupts.later():
-            fit(c, run, model, tokenizer, data, counts, device)
+        fit(c, run, model, tokenizer, data, counts, device)
         if ranks.rank:
             return {}
         return finish(folder, model, tokenizer, data, options, limit)

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,8 +26,9 @@ from test_train import argv, assert_equal_runs, rows_of, untimed  # noqa: F401 (
 
 import eval
 import runs
+import scores
 import train
-from files import BadInput
+from files import BadInput, Interrupted, Interrupts
 
 
 class Forks:
@@ -183,6 +185,35 @@ def test_asked_to_stop(forks, argv, tmp_path, number):  # noqa: F811
     assert metrics(tmp_path / "whole") == metrics(run) and not temporary(run)
 
 
+def test_a_signal_that_comes_twice_still_waits(monkeypatch):
+    """Launchers send one to the group and one more themselves; a person's second one comes later."""
+    signals = Interrupts()
+    signals.waits = True
+    signals(signal.SIGTERM, None)
+    signals(signal.SIGTERM, None)
+    signals.since -= 2
+    with pytest.raises(KeyboardInterrupt):
+        signals(signal.SIGTERM, None)
+    signals.waits = False
+    with pytest.raises(Interrupted):
+        signals.look()
+
+
+def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch):
+    """It makes an error of its own of what its callbacks raise."""
+    sqlite3.connect(tmp_path / "d.sqlite").close()
+    monkeypatch.setattr(scores, "interrupts", Interrupts())
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+    timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM))
+    old = signal.signal(signal.SIGTERM, scores.interrupts)
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            scores.run_query(tmp_path / "d.sqlite", endless)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 # ---- a full disk -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("at_most", [20, pytest.param(10**9, marks=pytest.mark.slow)], ids=["some", "all"])
@@ -256,7 +287,7 @@ def test_a_harmed_unfinished_run(two_runs, tmp_path, name, harm):
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.json", "model.safetensors",
-                                  "tokenizer.model", "eval.json"])
+                                  "pred_embedding.safetensors", "tokenizer.model", "eval.json"])
 def test_a_harmed_finished_run(two_runs, tmp_path, name, harm, monkeypatch):
     """Not scored, not answered from, not a base to train on, not taken for finished."""
     folder, command = two_runs
@@ -267,21 +298,19 @@ def test_a_harmed_finished_run(two_runs, tmp_path, name, harm, monkeypatch):
         assert name == "config.json"  # of the same shape
         return
     HARM[harm](run / name, folder / "b" / name)
-    gone, uses = harm == "deleted" and name in ("run.json", "eval.json"), {
+    uses = {
         "finished": lambda: train.train(train.parse_config([*command, "--out", str(run)])),
         "score": lambda: eval.score_run(run), "prompt": lambda: eval.answer_prompt(str(run), "x"),
         "base": lambda: train.train(train.parse_config([
             *command[:4], "--init_from", str(run), "--max_steps", "1", "--out", str(tmp_path / "next")]))}
-    if gone and name == "eval.json":  # what a run without its score is: not finished, and scored again
-        assert uses["finished"]()["n"] == 12
-        return
-    if gone:  # a model in a folder that is no run's: the weights may be used
-        uses = {"finished": uses["finished"], "score": uses["score"]}
+    unscored = uses.pop("finished") if (name, harm) == ("eval.json", "deleted") else None
     for use in uses.values():
         with pytest.raises(BadInput, match="run" if name in ("run.json", "eval.json") else name) as error:
             use()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "next").exists()
+    if unscored:  # a run without its score is not finished: it goes on
+        assert unscored()["n"] == 12
 
 
 def test_another_versions_run(two_runs, tmp_path):
@@ -352,15 +381,16 @@ class Bomb:
 def test_no_pickle_of_others_is_run(two_runs, tmp_path, monkeypatch):
     """Neither as a checkpoint of a run nor as weights."""
     folder, command = two_runs
-    run, bomb = tmp_path / "run", tmp_path / "went off"
+    run, base, bomb = tmp_path / "run", tmp_path / "base", tmp_path / "went off"
     monkeypatch.setenv("BOMB", str(bomb))
     shutil.copytree(folder / "a", run)
     (run / "eval.json").unlink()
-    (run / "model.safetensors").unlink()
+    left_out = shutil.ignore_patterns("*.safetensors", "run.json", "eval.json")
+    shutil.copytree(folder / "a", base, ignore=left_out)
     for save in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
-        for name, flags in (("state.pt", [*command, "--out", str(run)]),
-                            ("pytorch_model.bin", [*command[:4], "--init_from", str(run)])):
-            save({"model": Bomb()}, run / name)
+        for place, name, flags in ((run, "state.pt", [*command, "--out", str(run)]),
+                                   (base, "pytorch_model.bin", [*command[:4], "--init_from", str(base)])):
+            save({"model": Bomb()}, place / name)
             with pytest.raises(BadInput, match=name):
                 train.train(train.parse_config(flags))
             assert not bomb.exists()
