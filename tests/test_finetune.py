@@ -84,7 +84,7 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
         assert {name.rpartition(".")[2] for name in weights(run)} == {"lora_a", "lora_b", "pred_embedding"}
 
     result = json.loads((run / "eval.json").read_text())
-    (run / "eval.json").unlink()
+    (run / "eval.json").write_text(json.dumps({**result, "exact": -1}))
     scored = subprocess.run([sys.executable, ROOT / "eval.py", run], capture_output=True, text=True)
     assert scored.returncode == 0, scored.stderr
     again = json.loads((run / "eval.json").read_text())

@@ -106,7 +106,7 @@ def test_a_whole_run(argv, tmp_path):
     def evaluate(*arguments):
         return subprocess.run([sys.executable, ROOT / "eval.py", run, *arguments], capture_output=True,
                               text=True)
-    (run / "eval.json").unlink()
+    (run / "eval.json").write_text(json.dumps({**result, "exact": -1}))
     scored = evaluate()
     assert scored.returncode == 0, scored.stderr
     new = json.loads((run / "eval.json").read_text())
