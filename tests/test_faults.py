@@ -25,6 +25,7 @@ from test_published import blob_id
 from test_train import argv, assert_equal_runs, rows_of, untimed  # noqa: F401 (argv: a fixture)
 
 import eval
+import nlrx
 import runs
 import scores
 import train
@@ -430,3 +431,25 @@ def test_memory_stays_flat(argv, tmp_path):  # noqa: F811
     slope = np.polyfit(*zip(*points, strict=True), 1)[0]
     print(f"{slope:.4f} MiB per 1,000 steps, {points[-1][1]:.0f} MiB at the end")
     assert slope < 0.1
+
+
+@pytest.mark.slow
+def test_a_million_lines(argv, tmp_path):  # noqa: F811
+    """100 steps from a file of a million lines: at most 200 MiB more than from one of a thousand."""
+    lines = [json.dumps({"text": text, "code": code}) + "\n" for text, code in nlrx.generate(1000)]
+    peaks, seconds = [], []
+    for copies in (1, 1000):
+        path = tmp_path / f"{copies}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for _ in range(copies):
+                file.writelines(lines)
+        start = time.monotonic()
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, "--max_steps", "100",
+                                    "--dataset", str(path), "--out", str(tmp_path / f"run{copies}")],
+                                   stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(used.ru_maxrss / 1024)
+        seconds.append(time.monotonic() - start)
+    print(f"peaks of {peaks[0]:.0f} and {peaks[1]:.0f} MiB, {seconds[1] - seconds[0]:.0f} s more")
+    assert peaks[1] - peaks[0] < 200
