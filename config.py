@@ -157,9 +157,9 @@ def check(c: Config, given: set[str]) -> list[str]:
             inert(("pred_first",), "with --k 0")
         if c.distance != "infonce":
             inert(("temperature",), "without --distance infonce")
-        elif c.micro_batch or c.batch_size == 1 or ranks.world > 1:
+        elif c.micro_batch or c.alpha or c.batch_size == 1 or ranks.world > 1:
             problems.append("--distance infonce takes its negatives from the whole batch: it needs "
-                            "--batch_size 2 or more, no --micro_batch and one process")
+                            "--batch_size 2 or more, no --micro_batch, no --alpha and one process")
     if c.passes == "three":
         inert(("row_len", "attention", "fixed_shapes"), "with --passes three")
     elif not c.row_len:

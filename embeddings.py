@@ -44,22 +44,30 @@ def targets(examples: list[Example], reverse: bool) -> list[str]:
 
 
 def linear_map_error(x: Tensor, y: Tensor) -> float:
-    """How much of y is no linear function of x: a least-squares map with a constant is fitted to the first
-    half of the pairs; on the second half, its squared error to that of the first half's mean (1: x says
-    nothing that is linear; it can be more). x, y (N, C), N > 2 C + 2."""
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double()
-    y, half = y.double(), len(x) // 2
-    fitted = torch.linalg.lstsq(x[:half], y[:half], driver="gelsd").solution
-    error = (x[half:] @ fitted - y[half:]).square().sum()
-    return float(error / (y[:half].mean(0) - y[half:]).square().sum())
+    """How much of y is no linear function of x: a least-squares map with a constant is fitted to one half of
+    the pairs; on the other half, its squared error to that of the first half's mean (1: x says nothing that
+    is linear; it can be more: C + 1 unknowns are fitted to noise). The mean of both ways. x, y (N, C) with
+    N > 2 C + 2."""
+    x, y = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double(), y.double()
+    half, errors = len(x) // 2, []
+    for fit, test in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        fitted = torch.linalg.lstsq(x[fit], y[fit], driver="gelsd").solution
+        error = (x[test] @ fitted - y[test]).square().sum()
+        errors.append(error / (y[fit].mean(0) - y[test]).square().sum())
+    return float(sum(errors) / 2)
 
 
 def analyse(text: Tensor, pred: Tensor, enc: Tensor, codes: list[str]) -> dict:
-    """collapse_report of pred and enc; of Enc(Text) - Enc(Code) all singular values and the rank; of the
-    linear map from Enc(Text) to Enc(Code) the error, and with strangers for pairs, unless the pairs are too
-    few to fit one. All (N, C)."""
+    """collapse_report of pred and enc, as they are and, `_centred`, less their means; the spread of text and
+    enc (root mean square distance from the mean); of Enc(Text) - Enc(Code) all singular values and the
+    rank; of the linear map from Enc(Text) to Enc(Code) the error, and with strangers for pairs, unless the
+    pairs are too few to fit one. All (N, C)."""
     enough = len(text) > 2 * text.shape[1] + 2
-    return collapse_report(pred, enc, codes) | {
+    centred = collapse_report(pred - pred.mean(0), enc - enc.mean(0), codes)
+    return collapse_report(pred, enc, codes) | {f"{name}_centred": x for name, x in centred.items()} | {
+        "rank_text": rank_me(text),
+        **{f"spread_{name}": float((x - x.mean(0)).square().sum(1).mean().sqrt())
+           for name, x in (("text", text), ("enc", enc))},
         "rank_difference": rank_me(text - enc),
         "linear_error": linear_map_error(text, enc) if enough else None,
         "linear_error_shuffled": linear_map_error(text, enc.roll(-1, 0)) if enough else None,
@@ -69,15 +77,18 @@ def analyse(text: Tensor, pred: Tensor, enc: Tensor, codes: list[str]) -> dict:
 # ---- pictures ----------------------------------------------------------------------------------------------
 
 def curves(folder: str | Path) -> dict[str, np.ndarray]:
-    """name -> (n, 2) epochs and values: the logged losses, and exact and cosines of the looks at test
-    items."""
-    points = {}
+    """name -> (n, 2) epochs and values: the logged losses; exact and cosines of the looks at 200 items after
+    an epoch, and at the end those of the whole split."""
+    points, row = {}, {}
     for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         wanted = ("exact", "cos_paired", "cos_shuffled") if "look" in row else ("ntp", "jepa")
         for name, value in row.get("look", row).items():
             if name in wanted:
                 points.setdefault(name, []).append((row["epoch"], value))
+    for name, value in read_result(folder).items():
+        if name in ("exact", "cos_paired", "cos_shuffled"):
+            points.setdefault(name, []).append((row["epoch"], value))
     return {name: np.array(values) for name, values in points.items()}
 
 
@@ -111,7 +122,8 @@ def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singula
     results = {folder: read_result(folder) for folder in folders}
     arms = {arm["name"]: [folder for folder in folders if results[folder] in arm["seeds"].values()]
             for arm in arms_of(results)}
-    styles = dict(zip(arms, ("-", "--", ":", "-.") * len(arms), strict=False))  # to be told apart in print
+    styles = {name: {"linestyle": ("-", "--", ":", "-.")[i % 4], "color": f"C{i}"}  # told apart in print, too
+              for i, name in enumerate(arms)}
 
     panels = ("ntp", "jepa", "exact", "cos_paired", "cos_shuffled")
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
@@ -122,8 +134,8 @@ def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singula
                 continue
             n = min(map(len, lines))  # with --match_flops a seed may need a step more
             epochs, values = lines[0][:n, 0], np.stack([line[:n, 1] for line in lines])
-            axis.plot(epochs, values.mean(0), styles[name], label=f"{name} ({len(lines)} seeds)")
-            axis.fill_between(epochs, values.min(0), values.max(0), alpha=0.2)
+            axis.plot(epochs, values.mean(0), **styles[name], label=f"{name} ({len(lines)} seeds)")
+            axis.fill_between(epochs, values.min(0), values.max(0), color=styles[name]["color"], alpha=0.2)
         axis.set(title=panel, xlabel="epoch", yscale="log" if panel in ("ntp", "jepa") else "linear")
         axis.legend(fontsize="x-small")
     save(figure, out / "learning_curves.png")
@@ -141,8 +153,9 @@ def plot(folders: list[str], embedded: dict[str, tuple[Tensor, Tensor]], singula
     figure, axis = plt.subplots(figsize=(5, 3.6))
     for name, members in arms.items():
         values = np.stack([singular[member] for member in members])
-        axis.plot(range(1, values.shape[1] + 1), values.mean(0), styles[name], label=name)
-        axis.fill_between(range(1, values.shape[1] + 1), values.min(0), values.max(0), alpha=0.2)
+        axis.plot(range(1, values.shape[1] + 1), values.mean(0), **styles[name], label=name)
+        axis.fill_between(range(1, values.shape[1] + 1), values.min(0), values.max(0),
+                          color=styles[name]["color"], alpha=0.2)
     axis.set(title="Enc(Text) - Enc(Code)", xlabel="number", ylabel="singular value", yscale="log")
     axis.legend(fontsize="x-small")
     save(figure, out / "singular_values.png")

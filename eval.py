@@ -5,7 +5,8 @@
     python eval.py CHECKPOINT --dataset NAME        score any model, a run or a Hugging Face folder
     python eval.py RUN --prompt "lines ..."         answer one text
     python eval.py RUN RUN ...                      several scored runs: means over seeds, and what the JEPA
-                                                    loss changed (report.py)
+                                                    loss changed (report.py; --against, --json)
+    python eval.py RUN ... --embeddings             did they collapse? (embeddings.py; --plot)
 
 Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
 
@@ -31,12 +32,13 @@ import numpy as np
 import torch
 
 from batches import collate_three, fit_splits, fitting
+from config import Config
 from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
 from embeddings import analyse, embed_pairs, plot, plotting, targets
 from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import collapse_report, ntp
 from model import DEVICES, KVCache, Transformer, pick_device
-from report import arms_of, compare, comparison, read_result, table
+from report import arms_of, caption, compare, comparison, read_result, table
 from runs import read_run, summary, verify
 from scores import check_databases, scorer_of
 from tokenizer import FORMATS, Tokenizer
@@ -212,6 +214,11 @@ def load_model(folder: str | Path, device: str = "auto",
     return model.to(pick_device(device)).eval(), tokenizer
 
 
+def only_scored(folder: str | Path) -> bool:
+    """Is it an eval.json without its run, as results/ has them?"""
+    return (Path(folder) / "eval.json").exists() and not (Path(folder) / "run.json").exists()
+
+
 def load_run(folder: str | Path) -> dict:
     """What run.json holds."""
     path = Path(folder) / "run.json"
@@ -275,17 +282,18 @@ def show_embeddings(folders: list[str], data_dir: str | None = None, plot_to: st
     return results
 
 
-def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "data", test_file: str = "",
+def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "", test_file: str = "",
                      n_test: int = 0, on_long: str = "error", format: str = "", max_new_tokens: int = 0,
                      device: str = "auto") -> dict:
-    """Score any model on any dataset; nothing is written into its folder. A run keeps its own views and
-    format, a Hugging Face folder has the default ones, with k = 0."""
-    data = load_dataset(dataset, data_dir, test_file, n_test=n_test,
+    """Score any model on any dataset; nothing is written into its folder. A run keeps its own views, format
+    and data_dir, a Hugging Face folder has the default ones, with k = 0."""
+    c = load_run(folder)["config"] if (Path(folder) / "run.json").exists() else {
+        "k": 0, "ntp_on": "all", "train_eos": True, "pred_first": False, "reverse": False, "format": "auto",
+        "data_dir": Config.data_dir}
+    data = load_dataset(dataset, data_dir or c["data_dir"], test_file, n_test=n_test,
                         eval_split="valid" if dataset == "paraphrase" else "test")
     announce(data)
     check_databases(data)
-    c = load_run(folder)["config"] if (Path(folder) / "run.json").exists() else {
-        "k": 0, "ntp_on": "all", "train_eos": True, "pred_first": False, "reverse": False, "format": "auto"}
     options = {name: c[name] for name in VIEW_OPTIONS}
     model, tokenizer = load_model(folder, device, format or c["format"])
     data.test, _ = fitting(data.test, tokenizer, model.config.max_seq_len, on_long, **options)
@@ -294,7 +302,7 @@ def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "data", t
 
 
 def main() -> None:
-    parser = Parser(description="Score models, or answer one text.")
+    parser = Parser(description="Score models, compare runs, look at embeddings, answer one text.")
     parser.add_argument("models", nargs="+", metavar="MODEL",
                         help="run folders of train.py; with --dataset or --prompt also Hugging Face folders")
     parser.add_argument("--dataset", help="score on this dataset instead of each run's own")
@@ -304,7 +312,7 @@ def main() -> None:
                         help="with --dataset: what an example longer than the context is")
     parser.add_argument("--format", choices=FORMATS,
                         help="with --dataset or --prompt: of conversations (default: by the special tokens)")
-    parser.add_argument("--data_dir", help="where the published files are (default: where the run had them)")
+    parser.add_argument("--data_dir", help="where the published files are (default: the run's, or data)")
     parser.add_argument("--other_data", action="store_true",
                         help="score on other files than the run's: a run on generated data on the published")
     parser.add_argument("--against", help="with several runs: hold every arm against the one of this run")
@@ -320,7 +328,7 @@ def main() -> None:
     common = {name: given.pop(name) for name in ("max_new_tokens", "device") if name in given}
     models = given.pop("models")
     mode = next((mode for mode in ("prompt", "dataset", "embeddings") if mode in given),
-                "run" if len(models) == 1 else "runs")
+                "run" if len(models) == 1 and not only_scored(models[0]) else "runs")
     takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"},
              "runs": {"json", "against"}, "embeddings": {"embeddings", "data_dir", "plot"},
              "dataset": {"dataset", "test_file", "n_test", "on_long", "format", "data_dir"}}[mode]
@@ -332,7 +340,7 @@ def main() -> None:
     if idle:
         why = {"prompt": f"with --prompt {args.prompt}", "dataset": f"with --dataset {args.dataset}",
                "embeddings": "with --embeddings", "run": "without --dataset, --prompt or several runs",
-               "runs": "with several runs, whose eval.json are compared"}[mode]
+               "runs": "with stored scores, which are compared"}[mode]
         raise BadInput(f"{', '.join(idle)}: no effect {why}")
     for name in ("max_new_tokens", "n_test"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -347,8 +355,10 @@ def main() -> None:
         print(table(show_embeddings(models, args.data_dir, args.plot, args.device or "auto")))
         return
     if mode == "runs":
-        rows = compare({folder: read_result(folder) for folder in models}, args.against)
-        print(comparison(rows, "baseline" if args.against else "plain"))
+        results = {str(Path(folder)): read_result(folder) for folder in models}
+        against = str(Path(args.against)) if args.against else None
+        rows = compare(results, against)
+        print(caption(results, against), comparison(rows, "baseline" if against else "plain"), sep="\n\n")
         if args.json:
             write_text(args.json, json.dumps(rows, indent=2) + "\n")
         return

@@ -8,11 +8,11 @@
                                                             folder, or a run; --lora_rank 64: adapters only
     torchrun --nproc_per_node 2 train.py --dataset nlrx_synth   the same losses from two processes
 
-A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step), state.pt
-(the last checkpoint: weights, optimizer, step), and at the end the model as a Hugging Face folder has it and
-eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same command started again goes on where the last one
-left it, and ends with the same weights, bit for bit on a CPU: nothing in a run depends on anything but (seed,
-step).
+A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: ntp and jepa
+are the terms of the loss, in which a pair that --alpha drops counts as 0), state.pt (the last checkpoint:
+weights, optimizer, step), and at the end the model as a Hugging Face folder has it and eval.json. Ctrl-C and
+SIGTERM leave a checkpoint. The same command started again goes on where the last one left it, and ends with
+the same weights, bit for bit on a CPU: nothing in a run depends on anything but (seed, step).
 """
 import contextlib
 import json

@@ -73,10 +73,9 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             echo transfer $arm-$seed --init_from runs/results/stopping/$arm-train_eos-$seed $turk --lr 1e-3 \
                 --batch_size 32 --lam 0 --compile --seed $seed
         done
-        for alpha in 0 0.75; do
-            echo equal alpha$alpha-$seed --alpha $alpha --match_flops runs/results/stopping/plain-train_eos-$seed \
-                --compile --seed $seed
-        done
+        budget="--match_flops runs/results/stopping/jepa-train_eos-$seed"
+        echo equal plain-$seed --lam 0 $budget --compile --seed $seed
+        echo equal alpha0.75-$seed --alpha 0.75 $budget --compile --seed $seed
     done
     for seed in 82 23 37; do
         echo overfit plain-$seed --epochs 20 --lam 0 --compile --seed $seed

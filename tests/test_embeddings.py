@@ -34,8 +34,19 @@ def test_analysis_of_a_constant_shift():
     assert found["singular_values"][0] == pytest.approx(2 * (100 * 8) ** 0.5, rel=1e-5)
     assert found["singular_values"][1] < 1e-4 and found["rank_difference"] == pytest.approx(1, abs=1e-3)
     assert found["linear_error"] < 1e-9 and found["linear_error_shuffled"] > 0.9
+    assert found["spread_text"] == pytest.approx(found["spread_enc"]) == pytest.approx(8**0.5, rel=0.1)
     few = analyse(text[:18], text[:18], text[:18] + 2, ["x"] * 18)  # to fit a map of width 8
     assert few["linear_error"] is few["linear_error_shuffled"] is None and few["rank_difference"] < 1.01
+
+
+def test_centred_columns_see_through_a_constant():
+    """A large vector that all share hides rank, cosine and neighbours from the plain columns alone."""
+    g = torch.Generator().manual_seed(0)
+    x, shared = torch.randn(100, 8, generator=g), torch.full((8,), 1e4)
+    found = analyse(x, x + shared, x + shared, [str(i) for i in range(100)])
+    assert found["rank_enc"] < 1.01 and found["rank_enc_centred"] > 7.5 and found["rank_text"] > 7.5
+    assert found["cos_shuffled"] > 0.999 and abs(found["cos_shuffled_centred"]) < 0.2
+    assert found["cos_paired_centred"] == pytest.approx(1, abs=1e-3) and found["retrieval_at_1_centred"] == 1
 
 
 @pytest.fixture
@@ -63,7 +74,7 @@ def test_embeddings_and_pictures_of_runs(three_runs, tmp_path, monkeypatch, caps
         content = (tmp_path / "p" / f"{name}.png").read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
     assert set(curves(three_runs[0])) == {"ntp", "jepa", "exact", "cos_paired", "cos_shuffled"}
-    assert curves(three_runs[0])["exact"][:, 0].tolist() == [1, 2]  # a look after every epoch but the last
+    assert curves(three_runs[0])["exact"][:, 0].tolist() == [1, 2, 3]  # two looks and the score
 
 
 def test_pictures_want_their_packages(monkeypatch, tmp_path):

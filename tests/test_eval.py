@@ -151,6 +151,8 @@ def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data.generated_files, "__defaults__", (50, 10))
     run = run_folder(tmp_path, tmp_path / "data")
     own = (run / "eval.json").read_text()
+    result = eval.score_checkpoint(run, "nlrx_synth", max_new_tokens=3)  # its own data_dir, not "data"
+    assert result["test"] == json.loads(own)["test"]
     other = tmp_path / "other"
     other.mkdir()
     files = {}
@@ -177,7 +179,7 @@ def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
     (["nowhere"], "run.json: no such file; --dataset scores a model that is no run"),
     (["x", "--dataset", "b", "--other_data", "--system", "c"], "--other_data, --system: no effect"),
     (["x", "--n_test", "5"], "--n_test: no effect without --dataset"),
-    (["x", "y", "--device", "cpu", "--other_data"], "--other_data, --device: no effect with several runs"),
+    (["x", "y", "--device", "cpu", "--other_data"], "--other_data, --device: no effect with stored scores"),
     (["x", "--embeddings", "--max_new_tokens", "5"], "--max_new_tokens: no effect with --embeddings"),
     (["x", "--plot", "y"], "--plot: no effect without"),
     (["x", "--dataset", "nlrx_synth", "--n_test", "0"], "--n_test 0: must be at least 1"),

@@ -30,23 +30,57 @@ def test_verdicts_survive_packing():
 
 
 def test_interval_of_one_seed_is_that_of_its_items():
-    """1.96 standard errors of the mean of the paired differences, to the noise of 10,000 samples."""
+    """1.96 standard errors of the mean of the paired differences."""
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 1, 2000)) < 0.8
     mean, low, high = paired_interval(a, b)
     d = a.astype(float) - b
-    error = d.std() / np.sqrt(2000)
+    error = d.std(ddof=1) / np.sqrt(2000)
     assert mean == pytest.approx(d.mean())
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
     assert paired_interval(a, a) == (0, 0, 0)
+    assert paired_interval(a[:, :1], b[:, :1])[1:] == (-1, 1)  # a single item says nothing
 
 
 def test_interval_grows_with_what_seeds_differ_in():
-    """All items of a seed move together: the spread of four seeds, not of 8,000 items, decides."""
+    """All items of a seed move together: Student's interval of four seeds, not of 8,000 items, decides."""
     plain = np.zeros((4, 2000), bool)
     ours = np.repeat([[True], [False], [True], [False]], 2000, axis=1)
     mean, low, high = paired_interval(ours, plain)
-    assert mean == 0.5 and low <= 0.25 and high >= 0.75
+    assert (mean, low, high) == pytest.approx((0.5, 0.5 - 3.182 / 12**0.5, 0.5 + 3.182 / 12**0.5))
+
+
+def draw_two_arms(rng, S, of_seeds, of_items, N=1000):
+    """Verdicts of two arms that differ by nothing in the mean: items are easy or hard, to an arm and a seed
+    of it a little more or less so, and every single answer has luck of its own."""
+    easy, favour = rng.normal(2.5, 3, N), rng.normal(0, of_items, N)
+    return [easy + sign * favour + rng.normal(0, of_seeds, (S, 1)) + rng.normal(0, 1, (S, N)) > 0
+            for sign in (-1, 1)]
+
+
+@pytest.mark.parametrize("S,of_seeds,of_items", [
+    (1, 0, 0), (3, 0, 0), (3, 0.4, 0.5), (5, 0, 0), (5, 0, 0.5), (5, 0.1, 0), (5, 0.4, 0.5)])
+def test_interval_holds_the_truth_as_often_as_it_says(S, of_seeds, of_items):
+    rng, trials = np.random.default_rng(0), 500
+    intervals = [paired_interval(*draw_two_arms(rng, S, of_seeds, of_items)) for _ in range(trials)]
+    held = sum(low <= 0 <= high for _, low, high in intervals) / trials
+    print(f"{held:.1%} of {trials}")
+    assert 0.92 <= held <= 0.98
+
+
+@pytest.mark.parametrize("S,of_seeds,least,most", [(3, 0.4, 0.6, 0.85), (5, 0.0, 0.98, 1)])
+def test_why_it_is_no_bootstrap(S, of_seeds, least, most):
+    """Over both seeds and items: too narrow where seeds differ, too wide where they do not."""
+    rng, trials, held = np.random.default_rng(0), 200, 0
+    for _ in range(trials):
+        a, b = draw_two_arms(rng, S, of_seeds, 0)
+        difference = a.astype(float) - b
+        means = [difference[rng.integers(S, size=S)].mean(0)[rng.integers(1000, size=1000)].mean()
+                 for _ in range(400)]
+        low, high = np.quantile(means, [0.025, 0.975])
+        held += low <= 0 <= high
+    print(f"{held / trials:.1%} of {trials}")
+    assert least <= held / trials <= most
 
 
 def test_seeds_are_one_arm_and_differences_are_paired():
@@ -64,6 +98,7 @@ def test_seeds_are_one_arm_and_differences_are_paired():
     assert rows[1]["arm"] == "lam 1.0, k 1, train_eos True, match_flops False" and json.dumps(rows)
     lines = comparison(rows).splitlines()
     assert "| 37.50 ± 17.68 |" in lines[2] and "| +37.50 [" in lines[3] and len(lines) == 6
+    assert "(2 seeds)" in lines[3] and "seeds)" not in lines[5]  # three have run, two are paired
 
 
 def test_a_baseline_of_equal_operations_if_there_is_no_other():
@@ -132,6 +167,21 @@ def test_equal_operations_and_the_table_of_runs(argv, tmp_path, monkeypatch, cap
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["eval.py", *runs.values(), "--json", str(tmp_path / "t.json")])
     eval.main()
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[0] == f"{argv[1]}, test, 12 items"
     rows = json.loads((tmp_path / "t.json").read_text())
     assert [len(row["minus"]) > 0 for row in rows] == [False, False, True, True]
+    arms = [runs["jepa"], runs["matched"]]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arms, "--against", arms[0] + "/"])
+    eval.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{argv[1]}, test, 12 items; baseline: the arm of {arms[0]}"
+    assert "exact - baseline" in lines[2]
+
+
+def test_a_stored_score_can_be_shown_alone(tmp_path, monkeypatch, capsys):
+    """As results/ has them: an eval.json without its run."""
+    (tmp_path / "eval.json").write_text(json.dumps(result(1, [1, 0])))
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path)])
+    eval.main()
+    assert "| all | 1     | 50.00 |" in capsys.readouterr().out

@@ -449,6 +449,7 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--vocab_size 100", "--vocab_size 100: must be at least 256"),
     ("--temperature 0.1", "--temperature has no effect without --distance infonce"),
     ("--distance infonce --micro_batch 4", "negatives from the whole batch"),
+    ("--distance infonce --alpha 0.5", "no --micro_batch, no --alpha and one process"),
     ("--distance infonce --batch_size 1", "needs --batch_size 2 or more"),
     ("--gamma 0 --ntp_on code", "--ntp_on has no effect with --gamma 0"),
     (f"--seed {2**64}", "must be at least 0 and below 2**63"),
