@@ -15,6 +15,7 @@ from runs import verify
 
 JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
         "pred_first", "reverse", "match_flops")
+# what may differ within an arm
 WITHIN = ("seed", "device", "compile", "log_every", "checkpoint_every", "prefetch", "grad_checkpointing")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
