@@ -65,7 +65,9 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
         echo search_turk $name $turk $flags $valid
         echo search_small $name $small $flags $valid
     done <<< "$objectives"
-    echo search_turk view2 $turk --view2 "$data"/synth_train.jsonl $valid
+    synth="--view2 $data/synth_train.jsonl"  # the same regexes line by line: JEPA between two texts of one regex
+    echo search_turk view2 $turk $synth $valid
+    echo search_turk view2-infonce0.1 $turk $synth --distance infonce --lam 0.1 $valid
     for seed in $seeds; do
         echo turk plain-$seed $turk --lam 0 --compile --seed $seed
         echo turk jepa-$seed $turk --compile --seed $seed
