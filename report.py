@@ -15,6 +15,7 @@ from runs import verify
 
 JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
         "pred_first", "reverse", "match_flops")
+LENGTH = ("epochs", "max_steps")  # without a say where --match_flops is given
 # what may differ within an arm
 WITHIN = ("seed", "device", "compile", "log_every", "checkpoint_every", "prefetch", "grad_checkpointing")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
@@ -102,7 +103,8 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 def settings(result: dict) -> dict:
     """What makes the arm. match_flops names a run, and so a seed: what counts is whether it is given. A base
     model is what its files are, or, if it is a run, one of any seed."""
-    config = {name: value for name, value in result["config"].items() if name not in WITHIN}
+    unsaid = WITHIN + (LENGTH if result["config"]["match_flops"] else ())
+    config = {name: value for name, value in result["config"].items() if name not in unsaid}
     return config | {"match_flops": bool(config["match_flops"]), "dtype": result["dtype"],
                      "init": [] if result.get("init_run") else result["init"]}
 
@@ -136,14 +138,14 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
 
 
 def baseline(arm: dict, arms: list[dict]) -> dict | None:
-    """The arm without a JEPA loss that shares the other settings; if there is none, one of equal operations
-    (--match_flops), which has no say in how long it trains."""
-    for matched, apart in ((False, JEPA), (True, (*JEPA, "epochs", "max_steps"))):
-        for other in arms:
-            theirs = other["settings"]
-            if (not theirs["lam"] and theirs["match_flops"] == matched
-                    and without(other, apart) == without(arm, apart)):
-                return other
+    """The arm without a JEPA loss that shares the other settings; if there is none, one of equal operations.
+    Of two that --match_flops sets apart, LENGTH may differ. None, too, where several would do."""
+    for matched in (False, True):
+        apart = JEPA + (LENGTH if matched or arm["settings"]["match_flops"] else ())
+        found = [other for other in arms if without(other, apart) == without(arm, apart)
+                 and other["settings"]["match_flops"] == matched and not other["settings"]["lam"]]
+        if found:
+            return found[0] if len(found) == 1 else None
     return None
 
 

@@ -111,6 +111,17 @@ def test_a_baseline_of_equal_operations_if_there_is_no_other():
         assert rows[-1]["minus"]["exact"]["mean"] == mean
 
 
+def test_equal_operations_need_no_equal_epochs():
+    """A run of --match_flops ignores --epochs: they neither hide its baseline nor set it apart."""
+    plain = result(1, [1, 1, 0, 0], lam=0.0, epochs=4, max_steps=0)
+    jepa = result(1, [1, 1, 1, 0], epochs=3, max_steps=0, match_flops="plain")
+    rows = compare({"p": plain, "j": jepa, "k": result(2, [1, 0, 0, 0], epochs=2, match_flops="q")})
+    assert [row["seeds"] for row in rows] == [[1], [1, 2]] and "epochs" not in rows[1]["arm"]
+    assert rows[1]["minus"]["exact"]["mean"] == 0.25
+    two = compare({"p": plain, "p8": plain | {"config": plain["config"] | {"epochs": 8}}, "j": jepa})
+    assert two[2]["minus"] == {}  # of which? --against says
+
+
 def test_a_chosen_baseline_and_runs_for_bases():
     """Each seed begins with a run of its own; other weights in a folder of the same name are another arm."""
     runs = {"s": result(1, [0, 0, 0, 0], lam=0.0)}
