@@ -131,8 +131,8 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
             raise BadInput(f"{folder}: seed {seed} of these settings is there twice")
         arm["seeds"][seed] = result
     for arm in arms.values():
-        apart = [name for name, value in arm["settings"].items()
-                 if name != "init" and any(other["settings"].get(name) != value for other in arms.values())]
+        apart = [name for name, value in arm["settings"].items() if name != "init" and any(
+            other["settings"].get(name, value) != value for other in arms.values())]
         arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in apart) or "all"
     return sorted(arms.values(), key=lambda arm: bool(arm["settings"]["lam"]))  # the baselines first
 
