@@ -114,8 +114,9 @@ def without(arm: dict, names: tuple[str, ...]) -> dict:
 
 
 def arms_of(results: dict[str, dict]) -> list[dict]:
-    """One entry an arm: its settings, the results of its seeds, and its name: what sets it apart. BadInput if
-    the runs saw different data, or if two are the same."""
+    """One entry an arm: its settings, the results of its seeds, and its name: what sets it apart, less what
+    more than two thirds of the arms share (the arm that has nothing else is named in full). BadInput if the
+    runs saw different data, or if two are the same."""
     first, arms = next(iter(results)), {}
     for folder, result in results.items():
         for what, same in (
@@ -131,9 +132,11 @@ def arms_of(results: dict[str, dict]) -> list[dict]:
             raise BadInput(f"{folder}: seed {seed} of these settings is there twice")
         arm["seeds"][seed] = result
     for arm in arms.values():
-        apart = [name for name, value in arm["settings"].items() if name != "init" and any(
-            other["settings"].get(name, value) != value for other in arms.values())]
-        arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in apart) or "all"
+        shares = {name: np.mean([other["settings"].get(name, value) == value for other in arms.values()])
+                  for name, value in arm["settings"].items() if name != "init"}
+        apart = [name for name, share in shares.items() if share < 1]
+        rare = [name for name in apart if shares[name] <= 2 / 3]
+        arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in rare or apart) or "all"
     return sorted(arms.values(), key=lambda arm: bool(arm["settings"]["lam"]))  # the baselines first
 
 

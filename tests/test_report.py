@@ -111,6 +111,16 @@ def test_a_baseline_of_equal_operations_if_there_is_no_other():
         assert rows[-1]["minus"]["exact"]["mean"] == mean
 
 
+def test_names_of_many_arms_leave_out_what_most_share():
+    arms = {"p": {"lam": 0.0, "k": 0}, "j": {}, "l": {"lam": 0.1}, "e": {"train_eos": False}}
+    rows = compare({name: result(1, [1, 0], **changed) for name, changed in arms.items()})
+    assert [row["arm"] for row in rows] == [
+        "lam 0.0, k 0", "lam 1.0", "lam 0.1", "lam 1.0, train_eos False"]  # k 1: three of four
+    rows = compare({name: result(1, [1, 0], **changed) for name, changed in (arms | {"m": {"k": 2}}).items()}
+                   | {str(i): result(1, [1, 0], gamma=i) for i in range(3)})
+    assert rows[0]["arm"] == "lam 0.0, k 0" and len({row["arm"] for row in rows}) == len(rows) == 8
+
+
 def test_equal_operations_need_no_equal_epochs():
     """A run of --match_flops ignores --epochs: they neither hide its baseline nor set it apart."""
     plain = result(1, [1, 1, 0, 0], lam=0.0, epochs=4, max_steps=0)
