@@ -28,9 +28,9 @@ from tokenizer import Tokenizer
 
 def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
             **view_options) -> tuple[Examples, np.ndarray]:
-    """The examples whose sequences fit into max_seq_len tokens, and (N, 3) of each: tokens of main, tokens of
-    its fused row, labels. A longer one is BadInput, or dropped and counted (on_long="drop")."""
-    kept, lengths = array("q"), array("q")
+    """The examples whose sequences fit into max_seq_len tokens, and counts (N, 3), of each: tokens of main,
+    tokens of its fused row with both views, labels. A longer one is BadInput, or dropped (on_long="drop")."""
+    kept, counts = array("q"), array("q")
     for i, example in enumerate(examples):
         try:
             views = render_views(example, tokenizer, **view_options)
@@ -40,7 +40,7 @@ def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long:
         if longest <= max_seq_len:
             kept.append(i)
             labels = sum(label != -100 for label in views.labels)
-            lengths.extend((len(views.main), len(lay_out(views).ids), labels))
+            counts.extend((len(views.main), len(lay_out(views).ids), labels))
         elif on_long == "error":
             raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
                            "shorten it or pass --on_long drop")
@@ -49,15 +49,15 @@ def fitting(examples: Examples, tokenizer: Tokenizer, max_seq_len: int, on_long:
                        f"model's context of {max_seq_len} tokens")
     if len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} examples: over {max_seq_len} tokens")
-    return examples[np.array(kept)], np.array(lengths).reshape(-1, 3)
+    return examples[np.array(kept)], np.array(counts).reshape(-1, 3)
 
 
 def fit_splits(data: Dataset, *arguments, **options) -> np.ndarray:
     """`fitting` for train and test, in place: training and every later scoring see the same examples. Returns
-    what it returns of train."""
-    data.train, lengths = fitting(data.train, *arguments, **options)
+    the counts of train."""
+    data.train, counts = fitting(data.train, *arguments, **options)
     data.test, _ = fitting(data.test, *arguments, **options)
-    return lengths
+    return counts
 
 
 class Rendered:
@@ -144,16 +144,20 @@ def labelled(labels: Tensor) -> Tensor:
 def collate_three(examples: list[Views], keep: list[bool]) -> ThreePassBatch:
     """keep[i]: whether example i has views; loss dropout and lam = 0 take them away. Pads are 0: causal
     attention and labels keep them out, whatever their id."""
+    def padded(rows: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
+        """ids (N, T), and the flat position of each row's last token."""
+        if not rows:
+            return None, None
+        ids = pad(rows, 0)
+        return ids, torch.tensor([b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)])
+
     main, labels = [v.main for v in examples], pad([v.labels for v in examples], -100)
-    kept = [v for v, kept in zip(examples, keep, strict=True) if kept]
-    preds, encs, views = [v.stem + v.preds for v in kept], [v.enc for v in kept], []
-    for rows in (preds, encs):
-        ids = pad(rows, 0) if rows else None
-        last = [b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)]
-        views += [ids, torch.tensor(last) if rows else None]
+    with_views = [v for v, has in zip(examples, keep, strict=True) if has]
+    preds, encs = [v.stem + v.preds for v in with_views], [v.enc for v in with_views]
     label_at, lengths = labelled(labels), [len(row) for row in main + preds + encs]
-    return ThreePassBatch(pad(main, 0), labels, label_at, *views, len(label_at), len(examples), sum(lengths),
-                          sum(n * (n + 1) // 2 for n in lengths))
+    return ThreePassBatch(
+        pad(main, 0), labels, label_at, *padded(preds), *padded(encs), n_tokens=len(label_at),
+        n_pairs=len(examples), n_real=sum(lengths), n_visible=sum(n * (n + 1) // 2 for n in lengths))
 
 
 @dataclass
@@ -190,17 +194,18 @@ def lay_out(views: Views, keep: bool = True) -> Tree:
     if not keep:
         add(views.main)
         return tree
-    shared = views.stem == views.main[:len(views.stem)]
-    if shared and views.preds:
+    n = len(views.stem)
+    if views.stem == views.main[:n]:
         stem = add(views.stem)
-        add(views.main[len(views.stem):], stem, len(views.stem))
+        add(views.main[n:], stem, n)
+        tree.pred_at = n - 1
     else:
-        stem = add(views.main)
-    if not shared:
+        add(views.main)
         stem = add(views.stem)
+        tree.pred_at = len(tree.ids) - 1
     if views.preds:
-        add(views.preds, stem, len(views.stem))
-    tree.pred_at = len(views.stem) - 1 if shared and not views.preds else len(tree.ids) - 1
+        add(views.preds, stem, n)
+        tree.pred_at = len(tree.ids) - 1
     if views.enc == views.main[:len(views.enc)]:
         tree.enc_at = len(views.enc) - 1
     else:
@@ -227,6 +232,7 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
 class Shape(NamedTuple):
     """What every batch is filled up to, so that a compiled step meets one shape only."""
     rows: int
+    tokens: int
     labels: int
     pairs: int
 
@@ -242,11 +248,12 @@ def one_row(a: FusedBatch, b: FusedBatch) -> FusedBatch:
         return torch.cat([x.flatten(), y.flatten()])[None]
 
     causal = torch.zeros_like(b.ids)
-    return FusedBatch(both(a.ids, b.ids), both(a.labels, b.labels),
-                      torch.cat([a.label_at, b.label_at + a.ids.numel()]), both(a.positions, b.positions),
-                      [a.segment, causal], [a.parent, causal], a.pred_at, a.enc_at, None,
-                      a.n_tokens + b.n_tokens, a.n_pairs + b.n_pairs, a.n_real + b.n_real,
-                      a.n_visible + b.n_visible)
+    counts = {name: getattr(a, name) + getattr(b, name)
+              for name in ("n_tokens", "n_pairs", "n_real", "n_visible")}
+    return FusedBatch(
+        both(a.ids, b.ids), both(a.labels, b.labels), torch.cat([a.label_at, b.label_at + a.ids.numel()]),
+        both(a.positions, b.positions), segment=[a.segment, causal], parent=[a.parent, causal],
+        pred_at=a.pred_at, enc_at=a.enc_at, pair_weight=None, **counts)
 
 
 def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
@@ -262,7 +269,7 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
     rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
     B, T = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     if shape is not None:
-        B, T = max(B, shape.rows), max(T, row_len)
+        B, T = max(B, shape.rows), max(T, shape.tokens)
     ids, positions = np.zeros((2, B, T), dtype=np.int64)
     labels = np.full((B, T), -100)
     segment = np.tile(np.arange(T), (B, 1))  # a pad's is its column: n tokens have no segment above n - 1
@@ -290,9 +297,11 @@ def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
         label_at = filled(label_at, shape.labels, nothing)
         weight = filled([1] * len(pred_at), shape.pairs, 0).float()
         pred_at, enc_at = filled(pred_at, shape.pairs, 0), filled(enc_at, shape.pairs, 0)
-    at = [torch.as_tensor(x) if len(x) else None for x in (pred_at, enc_at)]
-    return FusedBatch(*tensors[:2], label_at, *tensors[2:], *at, weight, n_tokens, len(examples),
-                      sum(lengths), sum(tree.n_visible() for tree in trees))
+    pred_at, enc_at = (torch.as_tensor(x) if len(x) else None for x in (pred_at, enc_at))
+    return FusedBatch(
+        *tensors[:2], label_at, *tensors[2:], pred_at=pred_at, enc_at=enc_at, pair_weight=weight,
+        n_tokens=n_tokens, n_pairs=len(examples), n_real=sum(lengths),
+        n_visible=sum(tree.n_visible() for tree in trees))
 
 
 def tube_positions(lengths: list[int], row_len: int, draws: np.ndarray) -> Tensor:
@@ -375,7 +384,9 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
 
 def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool = False) -> str:
     """One row of a fused batch as text: token, segment, parent, position, label, and the keys that it sees
-    (#)."""
+    (#). ValueError if its rows are laid end to end (see FusedBatch): collate those with views alone."""
+    if isinstance(batch.segment, list):
+        raise ValueError("examples with and without views: draw them apart")
     names = [tokenizer.name(token) for token in batch.ids[row].tolist()]
     T, width = len(names), max(map(len, names))
     segment = torch.zeros(1, T, dtype=torch.long) if batch.segment is None else batch.segment[row, None]

@@ -22,13 +22,13 @@ from torch import nn
 
 from batches import Sampler
 from config import Config, model_config
-from data import Views, load_dataset, render_prompt, render_views
+from data import Views, load_dataset, own_tokenizer, render_prompt, render_views
 from eval import generate, generate_slow
 from files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
 from model import DEVICES, PRESETS, Transformer, pick_device
-from tokenizer import Tokenizer, train_bpe
-from train import Step, make_optimizer, micro_batches, native_bf16, set_precision, step_flops
+from tokenizer import Tokenizer
+from train import Step, forward_dtype, make_optimizer, micro_batches, set_precision, step_flops
 
 ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),
         "fused, alpha 0.75": dict(alpha=0.75)}
@@ -78,9 +78,9 @@ def one_block(arm: Config, step_losses, model: Transformer, optimizer, examples:
 def measure(c: Config, blocks: int, steps: int, profiled: bool = False) -> dict:
     """All that the tables show, as numbers."""
     device = pick_device(c.device)
-    dtype = c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
+    dtype = forward_dtype(c, device)
     data = load_dataset(c.dataset, c.data_dir)
-    tokenizer = Tokenizer(train_bpe((text for e in data.train for text in (e.text, e.code)), c.vocab_size))
+    tokenizer = own_tokenizer(data.train, c.vocab_size)
     model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed).to(device)
     examples = [render_views(e, tokenizer, c.k) for e in data.train]
     sampler = Sampler([len(v.main) for v in examples], c.batch_size, c.seed)

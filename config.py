@@ -59,7 +59,7 @@ class Config:
     reverse: bool = opt(False, "Code predicts Text")
     # optimization
     epochs: int = opt(3, "passes over the train split")
-    max_steps: int = opt(0, "end after so many steps; 0: after the epochs")
+    max_steps: int = opt(0, "end after so many steps, if the epochs do not end before")
     match_flops: str = opt("", "end when as many useful operations are done as in this finished run")
     batch_size: int = opt(32, "examples per step")
     micro_batch: int = opt(0, "examples per forward and backward; 0: the whole batch")
@@ -73,8 +73,8 @@ class Config:
     seed: int = opt(82, "of weights, order and loss dropout")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = opt(
-        "auto", "of the forward (weights stay float32); auto: bfloat16 where the processor has it natively; "
-                "tf32: float32 with products of 10 bits, on CUDA")
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where the "
+                "processor has it natively; tf32: float32 with products of 10 bits, on CUDA")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
     grad_checkpointing: bool = opt(False, "less memory, more time: compute activations twice")
     prefetch: bool = opt(True, "collate in a thread, ahead of the step, and copy without waiting")
@@ -163,7 +163,7 @@ def check(c: Config, given: set[str]) -> list[str]:
     if c.passes == "three":
         inert(("row_len", "attention", "fixed_shapes"), "with --passes three")
     elif not c.row_len:
-        inert(("fixed_shapes",), "without --row_len")
+        inert(("fixed_shapes",) if c.lam else ("fixed_shapes", "attention"), "without --row_len")
     if c.fixed_shapes and c.distance == "infonce":
         problems.append("--fixed_shapes has pairs of weight 0, which --distance infonce would contrast with")
     if c.dtype == "tf32" and pick_device(c.device).type != "cuda":
@@ -179,10 +179,10 @@ def check(c: Config, given: set[str]) -> list[str]:
     if c.init_from:
         inert(("vocab_size", "preset", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"),
               "with --init_from")
-    elif c.lora_rank:
-        problems.append("--lora_rank needs --init_from: adapters of random weights learn little")
-    elif c.format not in ("auto", "plain"):
-        problems.append(f"--format {c.format} needs --init_from: a tokenizer of our own has the plain format")
+    else:
+        inert(("format",), "without --init_from: a tokenizer of our own has the plain format")
+        if c.lora_rank:
+            problems.append("--lora_rank needs --init_from: adapters of random weights learn little")
     if not c.lora_rank:
         inert(("lora_dropout",), "without --lora_rank")
     if c.dataset == "paraphrase":

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -253,17 +253,18 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
 
     k           predictor tokens; 0: Pred is the identity
     ntp_on      "all": every token after the first is a target; "code": only CODE and the token that ends it
-    train_eos   False: the token that ends a turn is no target (the official code's labels, an ablation)
+    train_eos   False: the format's end token is no target (the official code's labels, an ablation)
     pred_first  [PRED] in front of TEXT; pred is picked at TEXT's last token (an ablation)
     reverse     Code predicts Text (an ablation)
     """
     f, encode = tokenizer.format, tokenizer.encode
     code = encode(example.code)
+    # [0] predicts, [1] is predicted
     openings = [[*f.start, *f.opening[role]] for role in ("user", "assistant")]
     views = [encode(example.text_view or example.text), encode(example.code_view) or code]
     if example.text_only:
         main, answer = [*openings[0], *views[0], f.end], len(openings[0])
-        code = views[0]
+        code = views[0]  # what ntp_on="code" trains on, there being nothing else
     else:
         prompt = render_prompt(example, tokenizer)
         main, answer = [*prompt, *code, *f.closing["assistant"]], len(prompt)
@@ -279,6 +280,12 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
     if pred_first:
         return Views(main, labels, openings[0] + preds + views[0], [], enc)
     return Views(main, labels, openings[0] + views[0], preds, enc)
+
+
+def own_tokenizer(examples: Iterable[Example], vocab_size: int, format: str = "auto") -> Tokenizer:
+    """Byte-level BPE, trained on their texts and codes."""
+    ranks = train_bpe((said for e in examples for said in (e.text, e.code)), vocab_size)
+    return Tokenizer(ranks, format=format)
 
 
 # ---- the program -------------------------------------------------------------------------------------------
@@ -318,8 +325,7 @@ def main() -> None:
     if args.init_from:
         tokenizer = Tokenizer.load(args.init_from, format=args.format)
     else:
-        texts = (text for e in train for text in (e.text, e.code))
-        tokenizer = Tokenizer(train_bpe(texts, args.vocab_size or 512), format=args.format)
+        tokenizer = own_tokenizer(train, args.vocab_size or 512, args.format)
     views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first,
                          args.reverse)
     print(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n")

@@ -78,7 +78,7 @@ def analyse(text: Tensor, pred: Tensor, enc: Tensor, codes: list[str]) -> dict:
 
 def curves(folder: str | Path) -> dict[str, np.ndarray]:
     """name -> (n, 2) epochs and values: the logged losses; exact and cosines of the looks at 200 items after
-    an epoch, and at the end those of the whole split."""
+    an epoch, and at the end those of eval.json."""
     points, row = {}, {}
     for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

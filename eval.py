@@ -24,6 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -172,9 +173,13 @@ def answer_texts(model: Transformer, tokenizer: Tokenizer, examples: list[Exampl
     return [(tokenizer.decode(answer.ids), answer.stopped) for answer in answers]
 
 
+COLLAPSE_ITEMS = 512  # chance retrieval and RankMe depend on how many; all of them: --embeddings
+
+
 def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_options: dict, max_new_tokens: int,
              n: int | None = None) -> tuple[dict[str, float], list[str]]:
-    """Scores and collapse report on the first n test examples (None: all), and the answers."""
+    """Scores of the first n test examples (None: all), collapse_report of the first COLLAPSE_ITEMS of those,
+    and the answers."""
     began, training = time.perf_counter(), model.training
     model.eval()
     test, answers = list(data.test[:n]), []
@@ -184,7 +189,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
         result = score(test, answers, stopped, data.seen, scorer_of(data.name, data.folder))
-    sample = test[:512]
+    sample = test[:COLLAPSE_ITEMS]
     if len(sample) > 1:
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options),
                                   targets(sample, view_options["reverse"]))
@@ -287,9 +292,7 @@ def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "", test_
                      device: str = "auto") -> dict:
     """Score any model on any dataset; nothing is written into its folder. A run keeps its own views, format
     and data_dir, a Hugging Face folder has the default ones, with k = 0."""
-    c = load_run(folder)["config"] if (Path(folder) / "run.json").exists() else {
-        "k": 0, "ntp_on": "all", "train_eos": True, "pred_first": False, "reverse": False, "format": "auto",
-        "data_dir": Config.data_dir}
+    c = load_run(folder)["config"] if (Path(folder) / "run.json").exists() else asdict(Config(k=0))
     data = load_dataset(dataset, data_dir or c["data_dir"], test_file, n_test=n_test,
                         eval_split="valid" if dataset == "paraphrase" else "test")
     announce(data)
@@ -358,7 +361,8 @@ def main() -> None:
         results = {str(Path(folder)): read_result(folder) for folder in models}
         against = str(Path(args.against)) if args.against else None
         rows = compare(results, against)
-        print(caption(results, against), comparison(rows, "baseline" if against else "plain"), sep="\n\n")
+        print(caption(results, rows, against), end="\n\n")
+        print(comparison(rows, "baseline" if against else "plain"))
         if args.json:
             write_text(args.json, json.dumps(rows, indent=2) + "\n")
         return

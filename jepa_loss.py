@@ -123,7 +123,7 @@ def three_pass(model: Callable, batch, distance: Callable = cosine) -> Losses:
     """
     hidden = model(batch.ids)  # (B, T, C)
     ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
-    if batch.pred_ids is None:  # lam = 0: no views at all
+    if batch.pred_ids is None:  # lam = 0, or loss dropout took them all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred = pick(model(batch.pred_ids), batch.pred_at)  # (N, C)
     enc = pick(model(batch.enc_ids), batch.enc_at)  # (N, C)
@@ -168,7 +168,7 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
     ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
     each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0
     for pairs that only fill up a fixed shape. tube_at (3, N), or None: see `tube`. masking: dense_mask or
-    flex_mask.
+    flex_mask. Of a batch of which only some examples have views, segment and parent are lists (FusedBatch).
     """
     if isinstance(batch.segment, list):
         mask = [masking(*kind) for kind in zip(batch.segment, batch.parent, strict=True)]
@@ -178,7 +178,7 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
     ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.tube_at is not None:
         return Losses(ntp_sum, batch.n_tokens, tube(hidden, batch.tube_at).sum(), batch.n_pairs)
-    if batch.pred_at is None:  # lam = 0: no views at all
+    if batch.pred_at is None:  # lam = 0, or loss dropout took them all
         return Losses(ntp_sum, batch.n_tokens, ntp_sum.new_zeros(()), batch.n_pairs)
     pred, enc = pick(hidden, batch.pred_at), pick(hidden, batch.enc_at)  # (N, C) each
     distances = distance(pred, enc)  # (N,)
@@ -201,12 +201,14 @@ def collapse_report(pred: Tensor, enc: Tensor, codes: list[str]) -> dict[str, fl
     """What the cosine is worth: the same cosine between strangers, retrieval and rank.
 
     pred, enc (N, C): N >= 2 pairs; codes: their N targets, so that an identical one counts as found.
-    Strangers are a fixed derangement: pair i meets the target of i + 1.
+    Strangers are pair i and the target of i + 1, where that is another one (all i, if it never is).
     """
     ranks = {"rank_pred": rank_me(pred), "rank_enc": rank_me(enc)}
     pred, enc = F.normalize(pred.double(), dim=-1), F.normalize(enc.double(), dim=-1)
     paired = (pred * enc).sum(-1).mean().item()
-    shuffled = (pred * enc.roll(-1, 0)).sum(-1).mean().item()
+    strange = [a != b for a, b in zip(codes, codes[1:] + codes[:1], strict=True)]
+    strange = torch.tensor(strange if any(strange) else [True] * len(codes), device=pred.device)
+    shuffled = (pred * enc.roll(-1, 0)).sum(-1)[strange].mean().item()
     nearest = (pred @ enc.T).argmax(1).tolist()
     found = sum(codes[i] == codes[j] for i, j in enumerate(nearest))
     return {"cos_paired": paired, "cos_shuffled": shuffled, "cos_gap": paired - shuffled,

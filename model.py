@@ -127,19 +127,9 @@ def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     return scores.softmax(dim=-1).to(v.dtype) @ v  # (B, H, T, D)
 
 
-def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, masks: list) -> Tensor:
-    """The same for one row of tokens that stands for several batches, one after the other: (rows, T) of each
-    are its mask's."""
-    shapes = [(mask.shape[0], mask.shape[-1]) for mask in masks]
-    parts = zip(*(x[0].split([rows * T for rows, T in shapes], dim=1) for x in (q, k, v)), strict=True)
-    ys = [attend(*(x.unflatten(1, shape).transpose(0, 1) for x in part), mask)  # (rows, H, T, D)
-          for part, shape, mask in zip(parts, shapes, masks, strict=True)]
-    return torch.cat([y.transpose(1, 2).flatten(0, 1) for y in ys]).transpose(0, 1)[None]  # (1, H, all T, D)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """The same, by PyTorch's kernels, which never hold (T, S) scores. But on a CPU their bfloat16 backward
-    takes three times as long as the five lines above (PyTorch 2.13), at the few dozen tokens of our rows."""
+    takes three times as long as attend_by_hand (PyTorch 2.13), at the few dozen tokens of our rows."""
     if isinstance(mask, list):
         return attend_in_turn(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
@@ -148,6 +138,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_by_hand(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, masks: list) -> Tensor:
+    """attend for one row of tokens that stands for several batches, one after the other; (rows, T) of each
+    are its mask's. So examples without views (loss dropout) are not padded to the length of those with views:
+    all else takes tokens one by one, attention alone must take the batches apart again."""
+    shapes = [(mask.shape[0], mask.shape[-1]) for mask in masks]
+    parts = zip(*(x[0].split([rows * T for rows, T in shapes], dim=1) for x in (q, k, v)), strict=True)
+    ys = [attend(*(x.unflatten(1, shape).transpose(0, 1) for x in part), mask)  # (rows, H, T, D)
+          for part, shape, mask in zip(parts, shapes, masks, strict=True)]
+    return torch.cat([y.transpose(1, 2).flatten(0, 1) for y in ys]).transpose(0, 1)[None]  # (1, H, all T, D)
 
 
 class Projection(nn.Linear):

@@ -1,7 +1,8 @@
 """One process or many (torchrun): who writes, who waits, what is summed.
 
 A step's examples are fixed by (seed, step); rank r takes every W-th of them. Losses are sums over all ranks
-divided by counts over all ranks, so W ranks do what one process does. Rank 0 alone writes, prints and scores.
+divided by counts over all ranks, so W ranks do what one process does (but for --lora_dropout, which each
+draws for itself). Rank 0 alone writes, prints and scores.
 """
 import contextlib
 import os

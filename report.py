@@ -2,7 +2,8 @@
 
 Runs that differ in nothing but the seed are one arm: mean and standard deviation over its seeds. An arm with
 a JEPA loss is held against the arm without one (lam = 0) that shares its other settings, on the seeds that
-both have: the mean difference, and a 95 % interval for other seeds and other test items.
+both have: the mean difference, and a 95 % interval for other seeds and other test items (for other items
+alone, where there is but one seed).
 """
 import json
 import math
@@ -41,7 +42,7 @@ def shown(column: str, value: float) -> str:
 
 
 def brief(result: dict) -> str:
-    """The first columns in one line."""
+    """Accuracy, next-token loss and cosines in one line."""
     parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
     if "ntp" in result:
         parts.append(f"ntp {result['ntp']:.4f}")
@@ -78,7 +79,8 @@ def read_result(folder: str | Path) -> dict:
 
 
 def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high) of a - b; a, b (S, N): verdicts of the same S seeds on the same N items.
+    """(mean, low, high) of a - b; a, b (S, N): verdicts of the same S seeds on the same N items. With
+    S = 1 the interval knows nothing of other seeds.
 
     Two errors add up: that of the seeds, from the spread of their S means, with Student's quantile; and that
     of the items, from the spread of their N means, less the noise of single verdicts, which is in the first
@@ -183,12 +185,14 @@ def compare(results: dict[str, dict], against: str | None = None) -> list[dict]:
     return rows
 
 
-def caption(results: dict[str, dict], against: str | None = None) -> str:
-    """What the table is of, in a line."""
+def caption(results: dict[str, dict], rows: list[dict], against: str | None = None) -> str:
+    """What the table of `compare` is of, in a line."""
     result = next(iter(results.values()))
+    single = any(len(minus["seeds"]) == 1 for row in rows for minus in row["minus"].values())
     c = result["config"]
     return f"{c['dataset']}, {c['eval_split']}, {result['n']:,} items" + (
-        f"; baseline: the arm of {against}" if against else "")
+        f"; baseline: the arm of {against}" if against else "") + (
+        "; one seed: the interval is for other items alone" if single else "")
 
 
 def comparison(rows: list[dict], baseline: str = "plain") -> str:

@@ -9,7 +9,8 @@
     torchrun --nproc_per_node 2 train.py --dataset nlrx_synth   the same losses from two processes
 
 A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: ntp and jepa
-are the terms of the loss, in which a pair that --alpha drops counts as 0), state.pt (the last checkpoint:
+are the terms of the loss, in which a pair that --alpha drops counts as 0; tokens are L_LLM's targets, without
+the views'), state.pt (the last checkpoint:
 weights, optimizer, step), and at the end the model as a Hugging Face folder has it and eval.json. Ctrl-C and
 SIGTERM leave a checkpoint. The same command started again goes on where the last one left it, and ends with
 the same weights, bit for bit on a CPU: nothing in a run depends on anything but (seed, step).
@@ -33,7 +34,7 @@ import ranks
 from batches import Rendered, Sampler, Shape, ahead, collate_fused, collate_three, fit_splits, loss_dropout
 from batches import pack, tube_positions
 from config import Config, describe, model_config, parse_config
-from data import Dataset, announce, load_dataset
+from data import Dataset, announce, load_dataset, own_tokenizer
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
@@ -43,7 +44,7 @@ from published import sha256
 from report import brief, read_result, table
 from runs import Run, git_commit, summary, trainable, verify
 from scores import check_databases
-from tokenizer import CARRIED, Tokenizer, train_bpe
+from tokenizer import CARRIED, Tokenizer
 
 # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ def groups(c: Config, n: int) -> list[range]:
     return [mine[start:start + size] for start in range(0, len(mine), size)]
 
 
-def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
+def micro_batches(c: Config, train: Rendered, indices: np.ndarray, step: int,
                   shape: Shape | None = None) -> list:
     """This rank's share of the step's examples, collated in groups of at most --micro_batch."""
     views = c.lam and c.objective == "jepa"
@@ -104,14 +105,15 @@ def micro_batches(c: Config, train: Rendered, indices: list[int], step: int,
 
 def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:
     """What the largest micro-batch of all steps needs, no views dropped; counts: batches.fitting's."""
-    rows = labels = pairs = 1
+    rows, tokens, labels, pairs = 1, c.row_len, 1, 1
     for step in range(total):
         indices = sampler.indices(step)
         for group in groups(c, len(indices)):
             main, fused_row, labelled = counts[indices[list(group)]].T.tolist()
-            rows = max(rows, len(pack(fused_row if c.lam else main, c.row_len)))
+            lengths = fused_row if c.lam else main
+            rows, tokens = max(rows, len(pack(lengths, c.row_len))), max(tokens, *lengths)
             labels, pairs = max(labels, sum(labelled)), max(pairs, len(group))
-    return Shape(rows, labels, pairs if c.lam else 0)
+    return Shape(rows, tokens, labels, pairs if c.lam else 0)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -159,8 +161,7 @@ def lr_at(step: int, total: int, c: Config) -> float:
 def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     """New weights and a tokenizer of the train split's own, or both from --init_from."""
     if not c.init_from:
-        texts = (text for e in data.train for text in (e.text, e.code))
-        tokenizer = Tokenizer(train_bpe(texts, c.vocab_size))
+        tokenizer = own_tokenizer(data.train, c.vocab_size)
         return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
     if not Path(c.init_from).is_dir():
         raise BadInput(f"--init_from {c.init_from}: no such folder")
@@ -190,6 +191,11 @@ def name_of(init_from: str) -> str:
     return describe(Config(**{name: value for name, value in config.items() if name in known}))
 
 
+def forward_dtype(c: Config, device: torch.device) -> str:
+    """--dtype, auto resolved."""
+    return c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
+
+
 def budget_of(match_flops: str) -> int | None:
     """The operations that the run --match_flops took."""
     if not match_flops:
@@ -207,7 +213,7 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
     return {"config": asdict(c), "source": data.source, "files": data.files,
             "init": {str(path): sha256(path) for path in base}, "init_run": name_of(c.init_from),
             "budget": budget_of(c.match_flops),
-            "dtype": c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32",
+            "dtype": forward_dtype(c, device),
             "system": data.train[0].system, "max_new_tokens": max_new_tokens, "device": str(device),
             "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
@@ -239,7 +245,7 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     model.grad_checkpointing = c.grad_checkpointing
     set_precision(dtype)
     examples = Rendered(data.train, tokenizer, **options)
-    sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
+    sampler = Sampler(counts[:, 0], c.batch_size, c.seed)  # by the length of main
     an_epoch = sampler.steps_per_epoch
     total = min(c.max_steps or math.inf, c.epochs * an_epoch)
     if c.match_flops:

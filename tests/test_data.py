@@ -59,11 +59,11 @@ def test_tree_of_an_example():
 
 
 def test_tree_without_predictors():
-    """k = 0: pred is TEXT's last token in main, which stays whole."""
+    """k = 0: pred is TEXT's last token in main."""
     ids, segment, parent, positions, _, pred_at, enc_at = tree_of(k=0)
     assert ids ==       [BEGIN, A, B, SEP, X, Y, Z, END, BEGIN, X, Y, Z]
-    assert segment ==   [0] * 8 + [1] * 4
-    assert parent ==    [0] * 8 + [1] * 4
+    assert segment ==   [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert parent ==    [0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2]
     assert positions == [*range(8), *range(4)]
     assert pred_at == 2 and enc_at == 11
 
@@ -340,6 +340,12 @@ def test_picture():
                          "[PRED1]     2   0   2           ##...#.. <- pred",
                          "<|begin|>   3   3   0           ......#.",
                          "x           3   3   1           ......## <- enc"]
+
+
+def test_no_picture_of_rows_end_to_end():
+    views = render_views(Example("a", "x"), BYTES)
+    with pytest.raises(ValueError, match="draw them apart"):
+        picture(collate_fused([views, views], [True, False]), BYTES)
 
 
 def test_show_command(tmp_path):

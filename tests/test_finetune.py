@@ -220,7 +220,7 @@ def test_every_published_file_is_read_and_rendered(tokenizer, chat_folder):
     ("--init_from x --lora_rank 4 --lora_dropout 1", "--lora_dropout 1.0: must be at least 0 and below 1"),
     ("--init_from x --dim 64 --preset nano", "--preset has no effect with --init_from; --dim has no effect"),
     ("--init_from x --vocab_size 600", "--vocab_size has no effect with --init_from"),
-    ("--format chatml", "--format chatml needs --init_from"),
+    ("--format plain", "--format has no effect without --init_from"),
     ("--format llama2", "argument --format: invalid choice: 'llama2'"),
     ("--dataset paraphrase", "paraphrase has no test split: it needs --eval_split valid"),
     ("--dataset paraphrase --eval_split valid --max_new_tokens 5", "--max_new_tokens has no effect with"),

@@ -131,7 +131,7 @@ def test_a_fixed_shape_changes_nothing(tiny, tokenizer, examples, distance):
     model, views = tiny(2), [render_views(e, tokenizer, 2) for e in examples]
     for keep in ([True] * 5, [False, True, False, False, True], [False] * 5):
         free = collate_fused(views, keep, 120)
-        fixed = collate_fused(views, keep, 120, Shape(rows=5, labels=150, pairs=7))
+        fixed = collate_fused(views, keep, 120, Shape(rows=5, tokens=120, labels=150, pairs=7))
         assert fixed.ids.shape == (5, 120) and len(fixed.label_at) == 150 and len(fixed.pred_at) == 7
         assert (fixed.n_tokens, fixed.n_pairs) == (free.n_tokens, 5)
         slow, fast = (losses_and_gradients(model, fused, batch, distance) for batch in (free, fixed))
@@ -308,8 +308,11 @@ def test_collapse_report():
     dead = collapse_report(line, line.roll(7, 0), codes)
     assert dead["cos_paired"] > 0.999 and abs(dead["cos_gap"]) < 1e-3  # the cosine alone looks perfect
     assert dead["retrieval_at_1"] < 0.2 and dead["rank_pred"] < 1.1
-    # an identical Code is a hit
+    # an identical Code is a hit, and no stranger
     assert collapse_report(line, line.roll(7, 0), ["same"] * 60)["retrieval_at_1"] == 1
+    two = torch.eye(2)[torch.tensor([0, 0, 0, 1, 1])]
+    classes = collapse_report(two, two, ["good", "good", "good", "bad", "bad"])
+    assert (classes["cos_paired"], classes["cos_shuffled"], classes["retrieval_at_1"]) == (1, 0, 1)
 
 
 def test_rank_me_by_hand():

@@ -189,14 +189,14 @@ def test_equal_operations_and_the_table_of_runs(argv, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["eval.py", *runs.values(), "--json", str(tmp_path / "t.json")])
     eval.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0] == f"{argv[1]}, test, 12 items"
+    assert len(lines) == 8 and lines[0].startswith(f"{argv[1]}, test, 12 items; one seed")
     rows = json.loads((tmp_path / "t.json").read_text())
     assert [len(row["minus"]) > 0 for row in rows] == [False, False, True, True]
     arms = [runs["jepa"], runs["matched"]]
     monkeypatch.setattr(sys, "argv", ["eval.py", *arms, "--against", arms[0] + "/"])
     eval.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{argv[1]}, test, 12 items; baseline: the arm of {arms[0]}"
+    assert lines[0].startswith(f"{argv[1]}, test, 12 items; baseline: the arm of {arms[0]}; one seed")
     assert "exact - baseline" in lines[2]
 
 

@@ -28,8 +28,9 @@ def test_table(arguments, line, shown, monkeypatch):
     folders = sorted(folder for pattern in shlex.split(patterns) for folder in glob(pattern))
     assert folders
     results = {folder: read_result(folder) for folder in folders}
-    assert line == caption(results, against)
-    assert cells(shown) == cells(comparison(compare(results, against), "baseline" if against else "plain"))
+    rows = compare(results, against)
+    assert line == caption(results, rows, against)
+    assert cells(shown) == cells(comparison(rows, "baseline" if against else "plain"))
 
 
 def test_table_of_embeddings():

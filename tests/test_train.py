@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import runs
 import train
-from batches import Sampler, collate_fused
+from batches import Rendered, Sampler, collate_fused, fit_splits
 from data import load_dataset, render_views
 from files import BadInput
 from jepa_loss import fused
@@ -212,6 +212,23 @@ def test_the_arms_see_the_same_examples(argv, tmp_path):
         counts.append([(row["examples"], row["tokens"]) for row in rows_of(tmp_path / str(i))
                        if "loss" in row])
     assert counts[0] == counts[1] == counts[2] == counts[3]
+
+
+@pytest.mark.parametrize("row_len", [20, 150])
+@pytest.mark.parametrize("lam", ["0", "1"])
+def test_a_fixed_shape_holds_every_batch(argv, tokenizer, row_len, lam):
+    """Those with an example that is longer than a row, too."""
+    c = train.parse_config([*argv, "--row_len", str(row_len), "--lam", lam, "--fixed_shapes"])
+    data = load_dataset(c.dataset, test_file=c.test_file)
+    counts = fit_splits(data, tokenizer, 512, k=c.k)
+    assert 20 < counts[:, 1].max() < 150
+    sampler = Sampler(counts[:, 0], c.batch_size, c.seed)
+    shape = train.largest_shape(c, sampler, counts, 2 * sampler.steps_per_epoch)
+    rendered = Rendered(data.train, tokenizer, k=c.k)
+    batches = [batch for step in range(2 * sampler.steps_per_epoch)
+               for batch in train.micro_batches(c, rendered, sampler.indices(step), step, shape)]
+    assert {batch.ids.shape for batch in batches} == {(shape.rows, shape.tokens)}
+    assert {len(batch.label_at) for batch in batches} == {shape.labels}
 
 
 @no_double_attention
@@ -456,6 +473,7 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--k 0 --pred_first", "--pred_first has no effect with --k 0"),
     ("--passes three --row_len 100", "--row_len has no effect with --passes three"),
     ("--fixed_shapes", "--fixed_shapes has no effect without --row_len"),
+    ("--lam 0 --attention dense", "--attention has no effect without --row_len"),
     ("--fixed_shapes --row_len 500 --distance infonce", "which --distance infonce would contrast with"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
     ("--match_flops nowhere", "--match_flops nowhere: no finished run"),
