@@ -79,6 +79,14 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
         echo equal plain-$seed --lam 0 $budget --compile --seed $seed
         echo equal alpha0.75-$seed --alpha 0.75 $budget --compile --seed $seed
     done
+    # of the searches: alone above plain training in all three. On test
+    stp="--objective stp --lam 0.02"
+    for seed in $seeds; do
+        echo chosen turk-$seed $turk $stp --compile --seed $seed
+        echo chosen synth-$seed --epochs 4 $stp --compile --seed $seed
+        echo chosen_small plain-$seed $small --lam 0 --compile --seed $seed
+        echo chosen_small stp-$seed $small $stp --compile --seed $seed
+    done
     for seed in 82 23 37; do
         echo overfit plain-$seed --epochs 20 --lam 0 --compile --seed $seed
         echo overfit jepa-$seed --epochs 20 --compile --seed $seed
