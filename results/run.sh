@@ -84,8 +84,6 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     for seed in $seeds; do
         echo chosen turk-$seed $turk $stp --compile --seed $seed
         echo chosen synth-$seed --epochs 4 $stp --compile --seed $seed
-        echo chosen_small plain-$seed $small --lam 0 --compile --seed $seed
-        echo chosen_small stp-$seed $small $stp --compile --seed $seed
     done
     for seed in 82 23 37; do
         echo overfit plain-$seed --epochs 20 --lam 0 --compile --seed $seed
