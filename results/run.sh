@@ -30,9 +30,10 @@ run() {  # SECTION NAME FLAGS
     [ -e "$kept" ] && return
     echo "$(date +%T) $1/$2"
     folder=runs/results/$1/$2
-    mkdir -p runs/results/"$1"
-    OMP_NUM_THREADS=1 python train.py --data_dir "$data" --device cpu --out "$folder" "${@:3}" > "$folder.log" 2>&1 || {
-        tail -n 1 "$folder.log"
+    log=runs/results/logs/$1-$2.log  # not beside the runs, where RESULTS.md's patterns would match it
+    mkdir -p runs/results/"$1" runs/results/logs
+    OMP_NUM_THREADS=1 python train.py --data_dir "$data" --device cpu --out "$folder" "${@:3}" > "$log" 2>&1 || {
+        tail -n 1 "$log"
         return 1
     }
     mkdir -p "$(dirname "$kept")"
