@@ -14,8 +14,7 @@ seeds="82 23 37 84 4"
 valid="--eval_split valid --compile --seed 82"
 turk="--dataset nlrx_turk --epochs 8"
 small="--n_train 1000 --epochs 32"
-objectives="plain --lam 0
-cosine
+objectives="cosine
 stop_gradient --stop_gradient
 infonce --distance infonce
 mse --distance mse
@@ -60,7 +59,9 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
         echo transfer_choice lr$lr --init_from runs/results/stopping/plain-train_eos-82 $turk --lam 0 \
             --batch_size 32 --lr $lr $valid
     done
-    # what keeps the embeddings apart? one seed, on the held-out tenth of train
+    # what keeps the embeddings apart? one seed, on the held-out tenth of train; the plain runs of TURK and of 1,000
+    # examples are turk_choice/epochs8 and small_choice/epochs32
+    echo search_synth plain --lam 0 --epochs 4 $valid
     while read -r name flags; do
         echo search_synth $name --epochs 4 $flags $valid
         echo search_turk $name $turk $flags $valid
