@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from data import Dataset, Example, Examples, Views, render_views
-from files import BadInput
+from support.files import BadInput
 from jepa_loss import dense_mask
-from tokenizer import Tokenizer
+from support.tokenizer import Tokenizer
 
 # ---- what fits ---------------------------------------------------------------------------------------------
 

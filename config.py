@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import ranks
+from support import distributed as ranks
 from data import PUBLISHED
-from files import BadInput, Parser
+from support.files import BadInput, Parser
 from jepa_loss import DISTANCES
 from model import DEVICES, PRESETS, ModelConfig, device_available, pick_device
-from tokenizer import FORMATS
+from support.tokenizer import FORMATS
 
 
 def opt(default, help: str):

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-import nlrx
-from files import BadInput, Parser, main_guard, write_text
-from published import PUBLISHED, download, git_blob_id, sha256
-from tokenizer import FORMATS, Tokenizer, train_bpe
+from tasks import nlrx
+from support.files import BadInput, Parser, main_guard, write_text
+from tasks.datasets import PUBLISHED, download, git_blob_id, sha256
+from support.tokenizer import FORMATS, Tokenizer, train_bpe
 
 # ---- datasets ----------------------------------------------------------------------------------------------
 

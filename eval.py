@@ -35,14 +35,14 @@ import torch
 from batches import collate_three, fit_splits, fitting
 from config import Config
 from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
-from embeddings import analyse, embed_pairs, plot, plotting, targets
-from files import BadInput, Parser, main_guard, write_text
+from experiments.plots import analyse, embed_pairs, plot, plotting, targets
+from support.files import BadInput, Parser, main_guard, write_text
 from jepa_loss import collapse_report, ntp
 from model import DEVICES, KVCache, Transformer, pick_device
-from report import arms_of, caption, compare, comparison, read_result, table
-from runs import read_run, summary, verify
-from scores import check_databases, scorer_of
-from tokenizer import FORMATS, Tokenizer
+from experiments.compare import arms_of, caption, compare, comparison, read_result, table
+from support.runs import read_run, summary, verify
+from tasks.scorers import check_databases, scorer_of
+from support.tokenizer import FORMATS, Tokenizer
 
 # ---- generation --------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import hf_name, load_tensor, read_config, save_tensors, tensor_files, write_config
-from files import BadInput
+from support.checkpoint import hf_name, load_tensor, read_config, save_tensors, tensor_files, write_config
+from support.files import BadInput
 
 
 @dataclass

@@ -30,21 +30,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import ranks
+from support import distributed as ranks
 from batches import Rendered, Sampler, Shape, ahead, collate_fused, collate_three, fit_splits, loss_dropout
 from batches import pack, tube_positions
 from config import Config, describe, model_config, parse_config
 from data import Dataset, announce, load_dataset, own_tokenizer
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
-from files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
+from support.files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
 from jepa_loss import total_loss
 from model import Transformer, pick_device
-from published import sha256
-from report import brief, read_result, table
-from runs import Run, git_commit, summary, trainable, verify
-from scores import check_databases
-from tokenizer import CARRIED, Tokenizer
+from tasks.datasets import sha256
+from experiments.compare import brief, read_result, table
+from support.runs import Run, git_commit, summary, trainable, verify
+from tasks.scorers import check_databases
+from support.tokenizer import CARRIED, Tokenizer
 
 # ---- one step ----------------------------------------------------------------------------------------------
 

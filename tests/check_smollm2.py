@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import read_jsonl, render_prompt, render_views  # noqa: E402
 from eval import generate  # noqa: E402
 from model import Transformer  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
 
 
 def report(name: str, value: float, limit: float) -> None:

@@ -15,8 +15,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 from data import Example, read_jsonl  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-import tokenizer as tokenizer_module  # noqa: E402
-from tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
+from support import tokenizer as tokenizer_module  # noqa: E402
+from support.tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
          ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),

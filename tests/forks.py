@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval  # noqa: E402
 import train  # noqa: E402
-from files import main_guard  # noqa: E402
-from published import PUBLISHED  # noqa: E402
+from support.files import main_guard  # noqa: E402
+from tasks.datasets import PUBLISHED  # noqa: E402
 
 PROGRAMS = {"train": train.main, "eval": eval.main, "data": data.main}
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+from experiments import bench
 import data
 import model as model_module
 from batches import collate_fused, collate_three

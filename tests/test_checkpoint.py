@@ -9,7 +9,7 @@ from conftest import ROOT, llama_folder
 from safetensors.torch import load_file, save_file
 from test_model import LLAMA3, small
 
-from files import BadInput
+from support.files import BadInput
 from model import PRESETS, ModelConfig, Projection, Transformer
 
 IDS = torch.randint(600, (2, 60), generator=torch.Generator().manual_seed(0))

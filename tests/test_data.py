@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from batches import Sampler, collate_fused, collate_three, fitting, lay_out, loss_dropout, pack, picture
 from batches import tube_positions
 from data import Example, load_dataset, read_jsonl, render_views
-from files import BadInput
-from tokenizer import Tokenizer
+from support.files import BadInput
+from support.tokenizer import Tokenizer
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
 

@@ -8,8 +8,8 @@ from test_train import argv  # noqa: F401 (a fixture)
 
 import eval
 import train
-from embeddings import analyse, curves, linear_map_error
-from files import BadInput
+from experiments.plots import analyse, curves, linear_map_error
+from support.files import BadInput
 
 
 def test_error_of_a_linear_map():

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import data
-import derivatives
+from tasks import regexes as derivatives
 import eval
-import nlrx
+from tasks import nlrx
 import train
 from data import Dataset, Example
 from eval import Answer, answer_texts, evaluate, generate, generate_slow, score, table
-from files import BadInput, main_guard
+from support.files import BadInput, main_guard
 from model import KVCache
-from published import PUBLISHED
-from report import from_hex
-from scores import scorer_of
+from tasks.datasets import PUBLISHED
+from experiments.compare import from_hex
+from tasks.scorers import scorer_of
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])

@@ -25,11 +25,11 @@ from test_published import blob_id
 from test_train import argv, assert_equal_runs, rows_of, untimed  # noqa: F401 (argv: a fixture)
 
 import eval
-import nlrx
-import runs
-import scores
+from tasks import nlrx
+from support import runs
+from tasks import scorers as scores
 import train
-from files import BadInput, Interrupted, Interrupts
+from support.files import BadInput, Interrupted, Interrupts
 
 
 class Forks:

@@ -15,16 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import derivatives
+from tasks import regexes as derivatives
 from config import Config
 from data import Example, read_jsonl
-from files import BadInput
+from support.files import BadInput
 from model import ModelConfig, Transformer
-from published import sha256
-from report import compare, comparison, read_result
-from runs import RECORDED, VERSION, read_run, verify
-from scores import final_answer, run_query
-from tokenizer import Tokenizer, train_bpe
+from tasks.datasets import sha256
+from experiments.compare import compare, comparison, read_result
+from support.runs import RECORDED, VERSION, read_run, verify
+from tasks.scorers import final_answer, run_query
+from support.tokenizer import Tokenizer, train_bpe
 
 SECONDS = 5  # of one case, on a busy machine
 HOSTILE = [None, True, -1, 0, 1, 2, 3.5, 1e308, 2**31, 2**63, 2**200, -(2**200), float("nan"), "", "x", "\n",

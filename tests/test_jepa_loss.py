@@ -10,7 +10,7 @@ from batches import Shape, collate_fused, collate_three
 from data import render_views
 from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, flex_mask, fused, infonce, ntp, pick
 from jepa_loss import rank_me, stop_gradient, three_pass, total_loss, tube
-from tokenizer import FORMAT_TOKENS, Tokenizer
+from support.tokenizer import FORMAT_TOKENS, Tokenizer
 
 
 def losses_and_gradients(model, passes, batch, distance=cosine):

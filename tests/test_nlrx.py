@@ -9,12 +9,12 @@ import random
 import re
 import time
 
-import derivatives
-import nlrx
+from tasks import regexes as derivatives
+from tasks import nlrx
 import pytest
 from conftest import SHARED_DATA as DATA
-from derivatives import BOUNDARY, Node, equal, matches, parse
-from nlrx import ANY, KINDS, LITERALS, Rejected, generate
+from tasks.regexes import BOUNDARY, Node, equal, matches, parse
+from tasks.nlrx import ANY, KINDS, LITERALS, Rejected, generate
 
 
 def published(name):

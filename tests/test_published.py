@@ -9,9 +9,9 @@ import zipfile
 import pytest
 from conftest import SHARED_DATA
 
-import published
-from files import BadInput
-from published import PUBLISHED, download
+from tasks import datasets as published
+from support.files import BadInput
+from tasks.datasets import PUBLISHED, download
 
 
 def blob_id(content: bytes) -> str:

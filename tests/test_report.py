@@ -10,8 +10,8 @@ from test_train import argv  # noqa: F401 (a fixture)
 import eval
 import train
 from eval import to_hex
-from files import BadInput
-from report import compare, comparison, from_hex, paired_interval, read_result
+from support.files import BadInput
+from experiments.compare import compare, comparison, from_hex, paired_interval, read_result
 
 
 def result(seed, exact, test="abc", files=("t", "u"), init=(), init_run="", **changed):

@@ -7,9 +7,9 @@ import pytest
 from conftest import SHARED_DATA
 
 from data import Dataset, Example, read_jsonl
-from files import BadInput
-from scores import MAX_ROWS, SCORERS, any_of, check_databases, choice, final_answer, same_language
-from scores import same_result, scorer_of
+from support.files import BadInput
+from tasks.scorers import MAX_ROWS, SCORERS, any_of, check_databases, choice, final_answer, same_language
+from tasks.scorers import same_result, scorer_of
 
 @pytest.mark.parametrize("answer,same", [
     ("(b)|(a)", True), ("a|b", True), ("(a)|(b)|(a)", True), ("~(~((a)|(b)))", True), (" (a)|(b)", False),

@@ -10,11 +10,11 @@ from conftest import CHAT, PAIRS, SHARED_DATA, json_tokenizer, jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as ours
+from support import tokenizer as ours
 from batches import fitting
 from data import Example, load_dataset, render_prompt, render_views
-from files import BadInput
-from tokenizer import Tokenizer, merge, train_bpe
+from support.files import BadInput
+from support.tokenizer import Tokenizer, merge, train_bpe
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
 

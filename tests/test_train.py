@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-import runs
+from support import runs
 import train
 from batches import Rendered, Sampler, collate_fused, fit_splits
 from data import load_dataset, render_views
-from files import BadInput
+from support.files import BadInput
 from jepa_loss import fused
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer, train_bpe
+from support.tokenizer import Tokenizer, train_bpe
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
         "--batch_size", "8",

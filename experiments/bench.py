@@ -24,10 +24,10 @@ from batches import Sampler
 from config import Config, model_config
 from data import Views, load_dataset, own_tokenizer, render_prompt, render_views
 from eval import generate, generate_slow
-from files import BadInput, Parser, main_guard, write_text
+from support.files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
 from model import DEVICES, PRESETS, Transformer, pick_device
-from tokenizer import Tokenizer
+from support.tokenizer import Tokenizer
 from train import Step, forward_dtype, make_optimizer, micro_batches, set_precision, step_flops
 
 ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),

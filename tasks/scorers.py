@@ -14,9 +14,9 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
-import derivatives
+from tasks import regexes as derivatives
 from data import Dataset, Example
-from files import BadInput, interrupts
+from support.files import BadInput, interrupts
 
 
 def same_language(answer: str, example: Example) -> bool | None:

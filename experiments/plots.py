@@ -17,11 +17,11 @@ from torch import Tensor
 
 from batches import collate_three
 from data import Example, render_views
-from files import BadInput, atomic
+from support.files import BadInput, atomic
 from jepa_loss import collapse_report, pick, rank_me
 from model import Transformer
-from report import arms_of, read_result
-from tokenizer import Tokenizer
+from experiments.compare import arms_of, read_result
+from support.tokenizer import Tokenizer
 
 
 @torch.inference_mode()

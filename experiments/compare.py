@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import BadInput, read_json
-from runs import verify
+from support.files import BadInput, read_json
+from support.runs import verify
 
 JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
         "pred_first", "reverse", "match_flops")

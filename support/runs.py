@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from config import Config
-from files import BadInput, atomic, read_json, write_text
-from published import sha256
-from tokenizer import CARRIED
+from support.files import BadInput, atomic, read_json, write_text
+from tasks.datasets import sha256
+from support.tokenizer import CARRIED
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ WRITTEN = ("run.json", "metrics.jsonl", "config.json", "model.safetensors", "pre
 
 
 def git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     try:
         reply = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
                                capture_output=True, text=True, timeout=10)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import BadInput, atomic, read_json, write_text
+from support.files import BadInput, atomic, read_json, write_text
 
 # field of model.ModelConfig -> (its name in config.json, type)
 HF_NAMES = {"vocab_size": ("vocab_size", int), "dim": ("hidden_size", int),

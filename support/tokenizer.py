@@ -19,7 +19,7 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
-from files import BadInput, atomic, read_json, write_text
+from support.files import BadInput, atomic, read_json, write_text
 
 # ---- a vocabulary of our own -------------------------------------------------------------------------------
 

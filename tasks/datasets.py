@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from files import BadInput, atomic
+from support.files import BadInput, atomic
 
 COMMIT = "6d7d0d1f296441beff39a95c801db7f683e3b353"
 BASE_URL = f"https://raw.githubusercontent.com/galilai-group/llm-jepa/{COMMIT}/datasets"

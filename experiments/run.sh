@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every run behind RESULTS.md, two at a time, a thread each:
 #
-#     bash results/run.sh DATA_DIR [SECTION ...]
+#     bash experiments/run.sh DATA_DIR [SECTION ...]
 #
 # Stop it and start it again at will: finished runs are skipped, others go on from their last checkpoint. Runs lie
 # in runs/results/SECTION/NAME; the eval.json of each is copied to results/SECTION/NAME.
@@ -25,7 +25,7 @@ infonce0.1 --distance infonce --lam 0.1
 stp0.02 --objective stp --lam 0.02"
 
 run() {  # SECTION NAME FLAGS
-    kept=results/$1/$2/eval.json
+    kept=experiments/results/$1/$2/eval.json
     [ -e "$kept" ] && return
     echo "$(date +%T) $1/$2"
     folder=runs/results/$1/$2

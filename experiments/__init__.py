@@ -1,0 +1,1 @@
+"""What is built on top of the five files; nothing imports it."""

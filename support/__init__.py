@@ -1,0 +1,1 @@
+"""What any training program needs, and no idea of the paper."""

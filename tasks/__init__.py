@@ -1,0 +1,1 @@
+"""What is learned, and how answers are judged; no idea of models."""
