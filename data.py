@@ -1,244 +1,70 @@
-"""From a JSONL line to the ids of a pair: datasets and views.
+"""From a pair (Text, Code) to the batches of a step.
 
-    load_dataset    (Text, Code) pairs: published files, the embedded NL-RX grammar, or your own JSONL
-    render_prompt   what an answer is generated behind
-    render_views    one pair as token ids: the main sequence with its labels, and the two views
+    render_prompt     the tokens that an answer is generated after
+    render_views      one pair as token ids: the main sequence with its labels, and the two views
+    lay_out           the same as one row of segments, a tree (jepa_loss.py has the picture)
+    collate_three     many pairs as the three batches of jepa_loss.three_pass
+    collate_fused     many pairs as rows of segments for jepa_loss.fused
+    Sampler           which pairs a step takes, fixed by (seed, step)
+    micro_batches     the batches of a step
 
-    python data.py show nlrx_synth          one rendered example: segments, labels, attention picture
+    python data.py show nlrx_synth          one pair: tokens, segments, labels, attention picture
     python data.py download nlrx_synth      fetch the published files at a pinned commit and check them
+
+Pairs are read by tasks/datasets.py, tokenized by support/tokenizer.py.
+Letters: B rows, T tokens in a row, N pairs with views, M labels, k predictor tokens.
 """
 import argparse
-import hashlib
-import json
-import os
 import sys
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from tasks import nlrx
-from support.files import BadInput, Parser, main_guard, write_text
-from tasks.datasets import PUBLISHED, download, git_blob_id, sha256
+from jepa_loss import dense_mask
+from support import distributed
+from support.files import BadInput, Parser, main_guard
+from support.settings import opt, parse_options
 from support.tokenizer import FORMATS, Tokenizer, train_bpe
+from tasks.datasets import PUBLISHED, Dataset, Example, dataset_paths, download, read_jsonl
 
-# ---- datasets ----------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Example:
-    text: str
-    code: str
-    where: str = ""  # file:line, for messages
-    system: str = ""  # an instruction, which the chat formats write in front
-    text_view: str = ""  # what the views show where it is not text and code (hellaswag)
-    code_view: str = ""
-    text_only: bool = False  # code is no continuation of text, just its other view (paraphrase)
-
-
-class Examples(Sequence):
-    """The examples of a file, read when they are asked for: of a million lines 24 bytes each are kept.
-
-    at (N, 3): where each line begins in the file, its length in bytes, its number (from 1). view2: the
-    examples of another file, whose text on the same line is the code view (load_dataset).
-    """
-
-    def __init__(self, path: Path, at: np.ndarray, text_only: bool = False,
-                 view2: "Examples | None" = None):
-        self.path, self.at, self.text_only, self.view2 = path, at, text_only, view2
-        self.file = open(path, "rb")
-
-    def __len__(self) -> int:
-        return len(self.at)
-
-    def __getitem__(self, i: int | slice | np.ndarray):
-        if not isinstance(i, (int, np.integer)):
-            return Examples(self.path, self.at[i], self.text_only, self.view2)
-        start, length, number = self.at[i].tolist()
-        line = os.pread(self.file.fileno(), length, start)  # has no position: any thread may read
-        example = replace(read_line(line, f"{self.path}:{number}"), text_only=self.text_only)
-        if self.view2 is None:
-            return example
-        other = self.view2[int(np.searchsorted(self.view2.at[:, 2], number))]
-        if other.code != example.code:
-            raise BadInput(f"{other.where}: not the code of {example.where}, so no other text of it")
-        return replace(example, code_view=other.text)
-
+# ---- one pair: its views -----------------------------------------------------------------------------------
 
 @dataclass
-class Dataset:
-    name: str
-    train: Sequence[Example]
-    test: Sequence[Example]
-    source: str  # published | generated | file
-    files: dict[str, str]  # path -> sha256
-    folder: Path = Path("data")  # where published files are
-
-    @cached_property
-    def seen(self) -> set[tuple[str, str]]:
-        """The test pairs that stand in train, too."""
-        test = {(e.text, e.code) for e in self.test}
-        return {pair for e in self.train if (pair := (e.text, e.code)) in test}
+class ViewOptions:
+    """How a pair becomes token ids: what train.Config, eval.py and `data.py show` share."""
+    k: int = opt(1, "predictor tokens; 0: Pred is the identity", group="objective", needs="lam", low=0)
+    pred_first: bool = opt(False, "[PRED] in front of Text, pred is Text's last token (an ablation)",
+                           group="objective", needs="lam k")
+    reverse: bool = opt(False, "Code predicts Text (an ablation)", group="objective", needs="lam")
+    ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code", needs="gamma",
+                                         group="labels")
+    train_eos: bool = opt(True, "is the end token a target? (off: the official labels, an ablation)",
+                          group="labels", needs="gamma")
 
 
-def read_jsonl(path: str | Path) -> Examples:
-    """The examples of a JSONL file: `{"text": ..., "code": ...}` or `{"messages": [...]}` lines, where the
-    user's message is the text and the assistant's the code. Every line is checked; BadInput names file and
-    line."""
-    path, at, start = Path(path), array("q"), 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    read_line(line, f"{path}:{number}")
-                    at.extend((start, len(line), number))
-                start += len(line)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    if not at:
-        raise BadInput(f"{path}: holds no example")
-    return Examples(path, np.array(at).reshape(-1, 3))
+DEFAULT_VIEWS = ViewOptions()
 
 
-def read_line(line: bytes, where: str) -> Example:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
-        raise BadInput(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
-    parts = {"text": row.get("text"), "code": row.get("code")}
-    if "messages" in row:
-        said = contents(row["messages"], where)
-        if said.keys() | {"system"} != {"system", "user", "assistant"}:
-            raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
-        for name, role in (("text", "user"), ("code", "assistant")):  # views of their own
-            if isinstance(row.get(name), list):
-                parts[name + "_view"] = contents(row[name], where).get(role)
-        parts |= {"text": said["user"], "code": said["assistant"]}
-        if said.get("system"):
-            parts["system"] = said["system"]
-    for name, value in parts.items():
-        if not isinstance(value, str) or not value:
-            raise BadInput(f"{where}: {name} must be a non-empty string; a line is "
-                           '{"text": ..., "code": ...} or {"messages": [user, assistant]}')
-        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
-    return Example(**parts, where=where)
-
-
-def contents(turns, where: str) -> dict:
-    """role -> content of a list of messages, at most one of each role."""
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("role"), str)
-                                              for t in turns):
-        raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
-    if len({turn["role"] for turn in turns}) < len(turns):
-        raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
-    return {turn["role"]: turn.get("content") for turn in turns}
-
-
-def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> tuple[Path, Path]:
-    """The embedded nlrx_synth: distinct pairs from the grammar, seed 0, cached under data_dir. The cache
-    carries the first digits of nlrx.py's own sum, so that a changed grammar writes new files."""
-    version = hashlib.sha256(Path(nlrx.__file__).read_bytes()).hexdigest()[:8]
-    paths = tuple(data_dir / f"generated_{version}_{split}.jsonl" for split in ("train", "test"))
-    if not all(path.exists() for path in paths):
-        pairs = nlrx.generate(n_train + n_test, seed=0)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        for path, part in zip(paths, (pairs[:n_train], pairs[n_train:]), strict=True):
-            write_text(path, "".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in part))
-    return paths
-
-
-def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, Path], str]:
-    """({split: file}, source) of a dataset; makes the generated files if they are wanted."""
-    if name.endswith(".jsonl"):
-        return {"train": Path(name), "test": Path(test_file)}, "file"
-    if name not in PUBLISHED:
-        raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
-    paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
-    for split, path in paths.items():
-        if path.exists() and git_blob_id(path) != PUBLISHED[name][split][1]:
-            raise BadInput(f"{path}: not the published file; "
-                           f"move it away and run `python data.py download {name}`")
-    missing = [path for path in paths.values() if not path.exists()]
-    if name == "nlrx_synth" and len(missing) == len(paths):
-        return dict(zip(paths, generated_files(data_dir), strict=True)), "generated"
-    if missing:
-        raise BadInput(f"{missing[0]}: no such file; "
-                       f"run `python data.py download {name} --data_dir {data_dir}`")
-    return paths, "published"
-
-
-def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
-                 eval_split: str = "test", n_test: int = 0, view2: str = "") -> Dataset:
-    """The train and test pairs of a published dataset or of your own files.
-
-    name             a key of PUBLISHED, or the path of a JSONL file, with test_file beside it
-    n_train, n_test  use the first so many examples; 0: all
-    eval_split       "valid": the last tenth of train is held out and stands in for the test split, which is
-                     not read
-    view2            a file with another text for the code of every line of the train split: in training, that
-                     text is the code view, so a JEPA loss is between paraphrases
-    """
-    paths, source = dataset_paths(name, Path(data_dir), test_file)
-    train = read_jsonl(paths["train"])
-    if view2:
-        paths["view2"], other = Path(view2), read_jsonl(view2)
-        if other.at[:, 2].tolist() != train.at[:, 2].tolist():
-            raise BadInput(f"{view2}: has {len(other)} examples, {paths['train']} {len(train)}; they must "
-                           "stand on the same lines")
-        train.view2 = other
-    files = {str(path): sha256(path) for path in paths.values() if path.is_file()}
-    if eval_split == "valid":
-        cut = len(train) - len(train) // 10
-        train, test = train[:cut], train[cut:]
-        test.view2 = None
-        if not test:
-            raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
-    elif "test" not in paths:
-        raise BadInput(f"{name} has no test split: --eval_split valid")
-    else:
-        test = read_jsonl(paths["test"])
-    for flag, wanted, split, examples in (("n_train", n_train, "training", train),
-                                          ("n_test", n_test, eval_split, test)):
-        if wanted > len(examples):
-            raise BadInput(f"--{flag} {wanted}: {name} has only {len(examples)} {split} examples")
-    train, test = train[:n_train or None], test[:n_test or None]
-    train.text_only = test.text_only = name == "paraphrase"
-    return Dataset(name, train, test, source, files, Path(data_dir))
-
-
-def announce(data: Dataset) -> None:
-    """Say where the data comes from, before anything else."""
-    if data.source == "generated":
-        print(f"data: GENERATED by the embedded NL-RX grammar (no published {data.name} files found; "
-              f"`python data.py download {data.name}` fetches them)")
-    else:
-        print(f"data: {data.source}")
-    for path, digest in data.files.items():
-        print(f"  {path} sha256 {digest[:12]}")
-
-
-# ---- one example: views ------------------------------------------------------------------------------------
-
-@dataclass
-class Views:
+class Views(NamedTuple):
     """One pair as token ids; the embedding of a view is the hidden state of its last token."""
     main: list[int]  # <|begin|> TEXT <|sep|> CODE <|end|>, or the conversation of another format
     labels: list[int]  # labels[i]: the id that main[i] must predict, or -100
-    stem: list[int]  # the view that predicts, without a [PRED] behind it: <|begin|> TEXT
+    stem: list[int]  # the view that predicts, without the [PRED] after it: <|begin|> TEXT
     preds: list[int]  # the [PRED] tokens that continue it; empty with pred_first, which has them in the stem
     enc: list[int]  # the view that is predicted: <|begin|> CODE
 
 
 def render_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """Main up to where the answer begins. What is said never merges with the tokens around it, so the answer
-    is trained behind the very ids that it is generated behind."""
+    """Main up to where the answer begins. Text is tokenized apart from the marks around it, so training and
+    generation share the prompt's ids."""
     f = tokenizer.format
     ids = list(f.start)
     for role, said in (("system", example.system), ("user", example.text)):
@@ -247,16 +73,8 @@ def render_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     return ids + f.opening["assistant"]
 
 
-def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str = "all",
-                 train_eos: bool = True, pred_first: bool = False, reverse: bool = False) -> Views:
-    """Main in the tokenizer's format; the views have one turn each, without its end, and no system turn.
-
-    k           predictor tokens; 0: Pred is the identity
-    ntp_on      "all": every token after the first is a target; "code": only CODE and the token that ends it
-    train_eos   False: the format's end token is no target (the official code's labels, an ablation)
-    pred_first  [PRED] in front of TEXT; pred is picked at TEXT's last token (an ablation)
-    reverse     Code predicts Text (an ablation)
-    """
+def render_views(example: Example, tokenizer: Tokenizer, o: ViewOptions = DEFAULT_VIEWS) -> Views:
+    """Main in the tokenizer's format; each view is one turn, without its end and without a system turn."""
     f, encode = tokenizer.format, tokenizer.encode
     code = encode(example.code)
     # [0] predicts, [1] is predicted
@@ -269,15 +87,15 @@ def render_views(example: Example, tokenizer: Tokenizer, k: int = 1, ntp_on: str
         prompt = render_prompt(example, tokenizer)
         main, answer = [*prompt, *code, *f.closing["assistant"]], len(prompt)
     labels = [*main[1:], -100]
-    if ntp_on == "code":  # the token in front of the answer predicts its first
+    if o.ntp_on == "code":  # the token in front of the answer predicts its first
         labels = [label if answer <= i + 1 <= answer + len(code) else -100 for i, label in enumerate(labels)]
-    if not train_eos:
+    if not o.train_eos:
         labels = [-100 if label == f.end else label for label in labels]
-    if reverse:
+    if o.reverse:
         openings, views = openings[::-1], views[::-1]
-    preds = [tokenizer.vocab_size + i for i in range(k)]
+    preds = [tokenizer.vocab_size + i for i in range(o.k)]
     enc = openings[1] + views[1]
-    if pred_first:
+    if o.pred_first:
         return Views(main, labels, openings[0] + preds + views[0], [], enc)
     return Views(main, labels, openings[0] + views[0], preds, enc)
 
@@ -288,48 +106,409 @@ def own_tokenizer(examples: Iterable[Example], vocab_size: int, format: str = "a
     return Tokenizer(ranks, format=format)
 
 
-# ---- the program -------------------------------------------------------------------------------------------
+def fit(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
+        o: ViewOptions = DEFAULT_VIEWS) -> tuple[Sequence[Example], np.ndarray]:
+    """The examples whose sequences fit into max_seq_len tokens, and the tokens of main of each (N,). A longer
+    one is BadInput, or dropped (on_long="drop"): never cut."""
+    fitting, lengths = [], []
+    for i, example in enumerate(examples):
+        try:
+            views = render_views(example, tokenizer, o)
+        except BadInput as error:
+            raise BadInput(f"{example.where}: {error}") from None
+        longest = max(len(views.main), len(views.stem) + len(views.preds), len(views.enc))
+        if longest <= max_seq_len:
+            fitting.append(i)
+            lengths.append(len(views.main))
+        elif on_long == "error":
+            raise BadInput(f"{example.where}: {longest} tokens, but the model's context is {max_seq_len}; "
+                           "shorten it or pass --on_long drop")
+    if not fitting:
+        raise BadInput(f"{examples[0].where}: this and all other examples of its split are longer than the "
+                       f"model's context of {max_seq_len} tokens")
+    if len(fitting) < len(examples):
+        print(f"dropped {len(examples) - len(fitting)} of {len(examples)} examples: over {max_seq_len} tokens")
+    return examples[np.array(fitting)], np.array(lengths)
+
+
+def fit_splits(data: Dataset, *arguments) -> np.ndarray:
+    """`fit` for train and test, in place: training and every later scoring see the same examples. Returns the
+    lengths of train."""
+    data.train, lengths = fit(data.train, *arguments)
+    data.test, _ = fit(data.test, *arguments)
+    return lengths
+
+
+# ---- one pair: its tree of segments ------------------------------------------------------------------------
+
+@dataclass
+class Tree:
+    """One pair as a row of segments, numbered from 0; pred_at, enc_at: the last token of each view."""
+    ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    segment: list[int]
+    parent: list[int]
+    pred_at: int | None = None
+    enc_at: int | None = None
+
+    def n_visible(self) -> int:
+        """How many (query, key) pairs jepa_loss.visible shows."""
+        parents, n = dict(zip(self.segment, self.parent, strict=True)), Counter(self.segment)
+        return sum(n[s] * (n[s] + 1) // 2 + (n[s] * n[p] if p != s else 0) for s, p in parents.items())
+
+
+def lay_out(views: Views, has_views: bool = True) -> Tree:
+    """Main first, then what the two views add to it. A view that is a prefix of main costs nothing: main is
+    cut after it, and [PRED] becomes a second branch there; any other view is a root segment of its own."""
+    tree = Tree([], list(views.labels), [], [], [])
+
+    def add(ids: list[int], parent: int | None = None, position: int = 0) -> int:
+        """Append a segment, a root if it has no parent; return its number."""
+        number = tree.segment[-1] + 1 if tree.segment else 0
+        tree.ids += ids
+        tree.positions += range(position, position + len(ids))
+        tree.segment += [number] * len(ids)
+        tree.parent += [number if parent is None else parent] * len(ids)
+        return number
+
+    if not has_views:
+        add(views.main)
+        return tree
+    n = len(views.stem)
+    if views.stem == views.main[:n]:
+        stem = add(views.stem)
+        add(views.main[n:], stem, n)
+        tree.pred_at = n - 1
+    else:
+        add(views.main)
+        stem = add(views.stem)
+        tree.pred_at = len(tree.ids) - 1
+    if views.preds:
+        add(views.preds, stem, n)
+        tree.pred_at = len(tree.ids) - 1
+    if views.enc == views.main[:len(views.enc)]:
+        tree.enc_at = len(views.enc) - 1
+    else:
+        add(views.enc)
+        tree.enc_at = len(tree.ids) - 1
+    tree.labels += [-100] * (len(tree.ids) - len(tree.labels))
+    return tree
+
+
+# ---- many pairs: a batch -----------------------------------------------------------------------------------
+
+@dataclass(kw_only=True)
+class Batch:
+    """What both kinds of batches have. All *_at are flat: row * T + column."""
+    ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T), -100: none
+    label_at: Tensor  # (M,) where labels is not -100
+    main_at: Tensor  # (examples,) the first token of each example's main
+    lengths: Tensor  # (examples,) tokens of main
+    pred_at: Tensor | None = None  # (N,) the last token of each view; None: no views
+    enc_at: Tensor | None = None  # (N,)
+    tube_at: Tensor | None = None  # (3, examples), see jepa_loss.tube
+    n_tokens: int  # labels
+    n_pairs: int  # examples, those without views included
+    n_real: int  # tokens that are no pads
+    n_visible: int  # (query, key) pairs among them that attention needs
+
+    def count(self, term: str) -> int:
+        """What the sum of a term is divided by."""
+        return self.n_tokens if term == "ntp" else self.n_pairs
+
+    def to(self, device: torch.device, wait: bool = False):
+        """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting for it."""
+        def move(x):
+            if not isinstance(x, Tensor):
+                return x
+            if device.type != "cuda" or wait:
+                return x.to(device)
+            return x.pin_memory().to(device, non_blocking=True)
+        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(kw_only=True)
+class ThreePassBatch(Batch):
+    """Three plain batches: ids, and one for each view."""
+    pred_ids: Tensor | None = None  # (N, T'); None: no views
+    enc_ids: Tensor | None = None  # (N, T'')
+
+
+@dataclass(kw_only=True)
+class FusedBatch(Batch):
+    """Rows of segments, see jepa_loss.py."""
+    positions: Tensor  # (B, T)
+    segment: Tensor | None  # (B, T), unique numbers in a row; None: each row is one example without views
+    parent: Tensor | None  # (B, T)
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """(B, longest), filled up on the right."""
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for row, ids in zip(out, rows, strict=True):
+        row[:len(ids)] = ids
+    return torch.from_numpy(out)
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """(B, T) -> (M,): the flat positions that have a label."""
+    return (labels.flatten() != -100).nonzero().squeeze(1)
+
+
+def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePassBatch:
+    """Loss dropout and lam = 0 take views away. Pads are 0: causal attention and labels keep them out, whatever
+    their id."""
+    def padded(rows: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
+        """ids (N, T), and the flat position of each row's last token."""
+        if not rows:
+            return None, None
+        ids = pad(rows, 0)
+        return ids, torch.tensor([b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)])
+
+    mains, labels = [v.main for v in examples], pad([v.labels for v in examples], -100)
+    with_views = [v for v, has in zip(examples, has_views, strict=True) if has]
+    preds, encs = [v.stem + v.preds for v in with_views], [v.enc for v in with_views]
+    (pred_ids, pred_at), (enc_ids, enc_at) = padded(preds), padded(encs)
+    label_at, lengths = labelled(labels), [len(row) for row in mains + preds + encs]
+    return ThreePassBatch(
+        ids=pad(mains, 0), labels=labels, label_at=label_at,
+        main_at=torch.arange(len(mains)) * labels.shape[1], lengths=torch.tensor(lengths[:len(mains)]),
+        pred_ids=pred_ids, pred_at=pred_at, enc_ids=enc_ids, enc_at=enc_at, n_tokens=len(label_at),
+        n_pairs=len(examples), n_real=sum(lengths), n_visible=sum(n * (n + 1) // 2 for n in lengths))
+
+
+def pack(lengths: list[int], row_len: int) -> list[list[int]]:
+    """Rows of example numbers, each of at most row_len tokens (or one longer example): longest first, each
+    into the first row with room."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(row_len, lengths[i]))
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int = 0) -> FusedBatch:
+    """Rows of one example each, or of as many as fit into row_len tokens."""
+    trees = [lay_out(views, has) for views, has in zip(examples, has_views, strict=True)]
+    lengths = [len(tree.ids) for tree in trees]
+    rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
+    B, T = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    ids, positions = np.zeros((2, B, T), dtype=np.int64)
+    labels = np.full((B, T), -100)
+    segment = np.tile(np.arange(T), (B, 1))  # each pad is its own segment, numbered by its column so that it
+    parent = segment.copy()  # cannot clash: n tokens have no segment above n - 1
+    main_at, pred_at, enc_at = np.zeros(len(trees), dtype=np.int64), [], []
+    for b, row in enumerate(rows):
+        start = first = 0  # token, segment
+        for i in row:
+            tree, end = trees[i], start + lengths[i]
+            ids[b, start:end], labels[b, start:end] = tree.ids, tree.labels
+            positions[b, start:end] = tree.positions
+            segment[b, start:end] = np.add(tree.segment, first)
+            parent[b, start:end] = np.add(tree.parent, first)
+            main_at[i] = b * T + start
+            if tree.pred_at is not None:
+                pred_at.append(b * T + start + tree.pred_at)
+                enc_at.append(b * T + start + tree.enc_at)
+            start, first = end, first + tree.segment[-1] + 1
+    ids, labels, positions, segment, parent = map(torch.from_numpy, (ids, labels, positions, segment, parent))
+    if not row_len and not any(has_views):
+        segment = parent = None
+    label_at = labelled(labels)
+    return FusedBatch(
+        ids=ids, labels=labels, label_at=label_at, positions=positions, segment=segment, parent=parent,
+        main_at=torch.from_numpy(main_at), lengths=torch.tensor([len(v.main) for v in examples]),
+        pred_at=torch.tensor(pred_at) if pred_at else None, enc_at=torch.tensor(enc_at) if enc_at else None,
+        n_tokens=len(label_at), n_pairs=len(examples), n_real=sum(lengths),
+        n_visible=sum(tree.n_visible() for tree in trees))
+
+
+class Shape(NamedTuple):
+    """What every batch is filled up to, so that a compiled step meets one shape only."""
+    rows: int
+    tokens: int
+    labels: int
+    pairs: int
+
+
+def shape_of(batch: FusedBatch) -> Shape:
+    return Shape(*batch.ids.shape, len(batch.label_at), 0 if batch.pred_at is None else len(batch.pred_at))
+
+
+def pad_to(batch: FusedBatch, shape: Shape) -> FusedBatch:
+    """The same batch, filled up with pads, labels of none, and pairs of one position with itself, whose distance
+    and gradient are 0."""
+    (B, T), (rows, tokens, labels, pairs) = batch.ids.shape, map(max, shape, shape_of(batch))
+
+    def grow(x: Tensor, value: int | Tensor) -> Tensor:  # (B, T) -> (rows, tokens)
+        grown = torch.empty(rows, tokens, dtype=torch.long).copy_(torch.as_tensor(value))
+        grown[:B, :T] = x
+        return grown
+
+    def move(at: Tensor | None, n: int, value: int) -> Tensor:  # flat positions in the new shape, n of them
+        at = torch.zeros(0, dtype=torch.long) if at is None else at // T * tokens + at % T
+        return torch.cat([at, torch.full((n - len(at),), value)])
+
+    own = torch.arange(tokens)
+    return replace(
+        batch, ids=grow(batch.ids, 0), labels=grow(batch.labels, -100), positions=grow(batch.positions, 0),
+        segment=grow(batch.segment, own), parent=grow(batch.parent, own),
+        label_at=move(batch.label_at, labels, tokens - 1),  # the last token of a row has no label
+        main_at=move(batch.main_at, len(batch.main_at), 0),
+        pred_at=move(batch.pred_at, pairs, 0), enc_at=move(batch.enc_at, pairs, 0))
+
+
+def tube_positions(batch: Batch, draws: np.ndarray) -> Tensor:
+    """(3, examples), flat: positions s < r < t of each example's main (3 tokens or more), from draws
+    (examples, 3), each uniform in [0, 1)."""
+    places = (np.sort(draws, axis=1) * (batch.lengths.numpy()[:, None] - 2)).astype(np.int64) + [0, 1, 2]
+    return torch.from_numpy((places + batch.main_at.numpy()[:, None]).T.copy())
+
+
+# ---- all pairs: which ones a step takes --------------------------------------------------------------------
+
+class Sampler:
+    """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
+    batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
+
+    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), 16 * self.batch_size):
+            pool = order[start:start + 16 * self.batch_size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def indices(self, step: int) -> np.ndarray:
+        """Example numbers of step 0, 1, ..., sorted by length; an epoch's last pool may end in a smaller
+        batch."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.epoch_batches(epoch)[i]
+
+
+def loss_dropout(n: int, alpha: float, seed: int, step: int) -> np.ndarray:
+    """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the others
+    do (the paper's LD, but per example and not per batch). The generator belongs to (seed, step) alone."""
+    return np.random.default_rng([seed, step, 1]).random(n) >= alpha
+
+
+def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
+                  shape: Shape | None = None) -> list[Batch]:
+    """This rank's share of a step's examples, collated in groups of at most --micro_batch. Examples that loss
+    dropout leaves without views stand apart, where a row is one example: they are shorter, and need no mask.
+
+    c: train.Config; views(i): example i rendered; shape: fill up to it
+    """
+    indices = sampler.indices(step)
+    n = len(indices)
+    has_views = loss_dropout(n, c.alpha, c.seed, step) if c.lam else np.zeros(n, dtype=bool)
+    draws = np.random.default_rng([c.seed, step, 3]).random((n, 3))
+    mine = np.arange(distributed.rank, n, distributed.world)
+    groups = [mine[start:start + (c.micro_batch or n)] for start in range(0, len(mine), c.micro_batch or n)]
+    if c.passes == "three":
+        collate = collate_three
+    else:
+        collate = partial(collate_fused, row_len=c.row_len)
+        if not c.row_len:
+            groups = [part for group in groups for part in (group[has_views[group]], group[~has_views[group]])]
+    batches = []
+    for group in groups:
+        if len(group):
+            batch = collate([views(int(indices[i])) for i in group], has_views[group])
+            batch = pad_to(batch, shape) if shape else batch
+            batch.tube_at = tube_positions(batch, draws[group]) if c.stp else None
+            batches.append(batch)
+    return batches
+
+
+def prefetch(make: Callable[[int], list[Batch]], steps: range) -> Iterator[list[Batch]]:
+    """make(step) for every step; a thread makes the next two while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        made = deque(pool.submit(make, step) for step in steps[:2])
+        for step in steps:
+            ready = made.popleft().result()
+            if step + 2 in steps:
+                made.append(pool.submit(make, step + 2))
+            yield ready
+
+
+# ---- a look at it ------------------------------------------------------------------------------------------
+
+def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool = False) -> str:
+    """One row of a fused batch with views as text: token, segment, parent, position, label, and the keys that
+    it sees (#)."""
+    names = [tokenizer.name(token) for token in batch.ids[row].tolist()]
+    T, width = len(names), max(map(len, names))
+    mask = dense_mask(batch.segment[row, None], batch.parent[row, None])[0, 0]  # (T, T)
+    lines = [f"{'token':{width}} seg par pos {'label':{width}} sees"]
+    for i, name in enumerate(names):
+        segment, parent, position, label = (
+            x[row, i].item() for x in (batch.segment, batch.parent, batch.positions, batch.labels))
+        line = (f"{name:{width}} {segment:3} {parent:3} {position:3} "
+                f"{'' if label == -100 else tokenizer.name(label):{width}} "
+                + "".join("#" if mask[i, j] else "." for j in range(T)))
+        line += "".join(f" <- {view}" for view, at in (("pred", batch.pred_at), ("enc", batch.enc_at))
+                        if row * T + i in at)
+        lines.append(f"\033[3{1 + segment % 6}m{line}\033[0m" if colour else line)
+    return "\n".join(lines)
+
+
+@dataclass
+class ShowOptions(ViewOptions):
+    name: str = opt("", "a dataset or a .jsonl file")
+    index: int = opt(0, "which training example", low=0)
+    vocab_size: int = opt(512, "of a tokenizer of the train split's own", needs="!init_from", low=256)
+    init_from: str = opt("", "a model folder, for its tokenizer")
+    format: Literal[FORMATS] = opt("auto", "of conversations")
+    data_dir: str = opt("data", "where the published files are")
+
+
+@dataclass
+class DownloadOptions:
+    name: Literal[tuple(PUBLISHED)] = opt("", "a dataset")
+    data_dir: str = opt("data", "where to put the files")
+    base_url: str = opt("", "a mirror of the same files")
+
+
+def show(o: ShowOptions) -> None:
+    """Print one pair as `collate_fused` lays it out."""
+    paths, source = dataset_paths(o.name, Path(o.data_dir), "")
+    train = read_jsonl(paths["train"])
+    if o.index >= len(train):
+        raise BadInput(f"--index {o.index}: there are {len(train)} training examples")
+    example = replace(train[o.index], text_only=o.name == "paraphrase")
+    if o.init_from:
+        tokenizer = Tokenizer.load(o.init_from, format=o.format)
+    else:
+        tokenizer = own_tokenizer(train, o.vocab_size, o.format)
+    batch = collate_fused([render_views(example, tokenizer, o)], [True])
+    print(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n")
+    print(picture(batch, tokenizer, colour=sys.stdout.isatty()))
+
 
 def main() -> None:
-    parser = Parser(description="Fetch a published dataset, or look at a rendered example.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    get = commands.add_parser("download", help="fetch the published files and check them")
-    get.add_argument("name", choices=PUBLISHED)
-    get.add_argument("--base_url", default="", help="a mirror of the same files")
-    show = commands.add_parser("show", help="print one rendered example: segments, labels, attention picture")
-    show.add_argument("name", help="a dataset or a .jsonl file")
-    show.add_argument("--index", type=int, default=0, help="which training example")
-    show.add_argument("--vocab_size", type=int, help="of a tokenizer of the train split's own (default: 512)")
-    show.add_argument("--init_from", help="a checkpoint, for its tokenizer")
-    show.add_argument("--format", choices=FORMATS, default="auto")
-    show.add_argument("--k", type=int, default=1, help="predictor tokens")
-    show.add_argument("--ntp_on", choices=("all", "code"), default="all")
-    show.add_argument("--train_eos", action=argparse.BooleanOptionalAction, default=True)
-    show.add_argument("--pred_first", action="store_true")
-    show.add_argument("--reverse", action="store_true")
-    for command in (get, show):
-        command.add_argument("--data_dir", default="data")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("show", "download"))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see `python data.py COMMAND --help`")
     args = parser.parse_args()
-    if args.command == "download":
-        return download(args.name, args.data_dir, args.base_url)
-    if args.k < 0 or (args.vocab_size or 512) < 256 or args.pred_first and not args.k:
-        raise BadInput("--k must be 0 or more, and 1 or more with --pred_first; --vocab_size 256 or more")
-    if args.init_from and args.vocab_size:
-        raise BadInput("--vocab_size has no effect with --init_from")
-    from batches import collate_fused, picture  # which need this file
-    paths, source = dataset_paths(args.name, Path(args.data_dir), "")
-    train = read_jsonl(paths["train"])
-    if not 0 <= args.index < len(train):
-        raise BadInput(f"--index {args.index}: there are {len(train)} training examples")
-    example = replace(train[args.index], text_only=args.name == "paraphrase")
-    if args.init_from:
-        tokenizer = Tokenizer.load(args.init_from, format=args.format)
+    if args.command == "show":
+        show(parse_options(ShowOptions, args.options, "Print one pair: tokens, labels, attention.", "name"))
     else:
-        tokenizer = own_tokenizer(train, args.vocab_size or 512, args.format)
-    views = render_views(example, tokenizer, args.k, args.ntp_on, args.train_eos, args.pred_first,
-                         args.reverse)
-    print(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n")
-    print(picture(collate_fused([views], [True]), tokenizer, colour=sys.stdout.isatty()))
+        o = parse_options(DownloadOptions, args.options, "Fetch a published dataset and check it.", "name")
+        download(o.name, o.data_dir, o.base_url)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Answers and what they are worth.
+"""Answers and what they are worth; embeddings and whether they collapsed.
 
     python eval.py RUN                              score a finished run again: prints a table, writes
                                                     RUN/eval.json
-    python eval.py CHECKPOINT --dataset NAME        score any model, a run or a Hugging Face folder
+    python eval.py FOLDER --dataset NAME            score any model, a run or a Hugging Face folder
     python eval.py RUN --prompt "lines ..."         answer one text
-    python eval.py RUN RUN ...                      several scored runs: means over seeds, and what the JEPA
-                                                    loss changed (report.py; --against, --json)
-    python eval.py RUN ... --embeddings             did they collapse? (embeddings.py; --plot)
+    python eval.py RUN ... --embeddings             did they collapse? Writes RUN/embeddings.json
+
+Several runs side by side, their seeds together: python -m experiments.compare RUN ...
 
 Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
 
@@ -16,36 +16,36 @@ Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
     stopped       it ended by itself, with the end token of its format
     exact_unseen  exact, over the test pairs that do not stand in train as they are
     dfa_equal     (regexes) it describes the same set of strings
-    correct       (other datasets) what their scorer says, see scores.py
+    correct       (other datasets) what their scorer says, see tasks/scorers.py
     undecided     how many of these a scorer could not decide; they count as wrong
     ntp           (text alone: paraphrase) mean next-token loss, in place of all of the above
 """
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from hashlib import sha256
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from batches import collate_three, fit_splits, fitting
-from config import Config
-from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
-from experiments.plots import analyse, embed_pairs, plot, plotting, targets
-from support.files import BadInput, Parser, main_guard, write_text
-from jepa_loss import collapse_report, ntp
-from model import DEVICES, KVCache, Transformer, pick_device
-from experiments.compare import arms_of, caption, compare, comparison, read_result, table
-from support.runs import read_run, summary, verify
-from tasks.scorers import check_databases, scorer_of
+from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, render_prompt, render_views
+from jepa_loss import gather, ntp
+from model import KVCache, Transformer
+from support.distributed import DEVICES, pick_device
+from support.files import BadInput, main_guard, write_text
+from support.runs import read_run, run_summary
+from support.settings import opt, parse_options
 from support.tokenizer import FORMATS, Tokenizer
+from tasks.datasets import Dataset, Example, announce, load_dataset
+from tasks.scorers import check_databases, scorer_of
 
 # ---- generation --------------------------------------------------------------------------------------------
-
 
 class Answer(NamedTuple):
     ids: list[int]  # the end token not included
@@ -90,11 +90,9 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limit
     device, width = model.device, max(map(len, prompts))
     room = [min(limit, model.config.max_seq_len - len(p)) for limit, p in zip(limits, prompts, strict=True)]
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
-    # (B, 1) column of the first token
-    first = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]
+    first = torch.tensor([[width - len(p)] for p in prompts], device=device)  # (B, 1) column of the first token
     column = torch.arange(width + max(room), device=device)
-    cache = KVCache(model.config, len(prompts), width + max(room), device,
-                    model.embed_tokens.weight.dtype)
+    cache = KVCache(model.config, len(prompts), len(column), device, model.embed_tokens.weight.dtype)
     i, j = column[:width, None], column[:width]
     mask = ((j <= i) & (j >= first[..., None])) | (i == j)  # (B, T, T)
     hidden = model(ids, (column[:width] - first).clamp(min=0), mask[:, None], cache)
@@ -115,50 +113,12 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limit
         if not going:
             break
         if 2 * len(going) < len(rows):  # finished rows cost as much as others: drop them now and then
-            keep = torch.tensor(going, device=device)
-            rows, tokens, first = [rows[r] for r in going], tokens[keep], first[keep]
-            cache.keep(keep)
+            left = torch.tensor(going, device=device)
+            rows, tokens, first = [rows[r] for r in going], tokens[left], first[left]
+            cache.keep(left)
         mask = column[:now + 1] >= first  # (B, S)
         hidden = model(tokens[:, None], now - first, mask[:, None, None], cache)
     return [Answer(w, s) for w, s in zip(written, stopped, strict=True)]
-
-
-# ---- scores ------------------------------------------------------------------------------------------------
-
-def to_hex(flags: list[bool]) -> str:
-    """A bit per item, the first the highest of the first byte; see report.from_hex."""
-    return np.packbits(flags).tobytes().hex()
-
-
-def score(examples: list[Example], answers: list[str], stopped: list[bool], seen: set[tuple[str, str]],
-          scorer: tuple[str, Callable] | None = None) -> dict:
-    """Shares of the examples, 0 to 1, as this file's docstring defines them, and under "items" each share's
-    verdicts item by item; `seen` holds the pairs that stand in train, scorer is of scores.scorer_of."""
-    n = len(examples)
-    pairs = list(zip(examples, answers, strict=True))
-    exact = [answer == e.code for e, answer in pairs]
-    unseen = [hit for e, hit in zip(examples, exact, strict=True) if (e.text, e.code) not in seen]
-    items = {"exact": exact, "prefix": [answer.startswith(e.code) for e, answer in pairs], "stopped": stopped}
-    more = {"exact_unseen": sum(unseen) / len(unseen) if unseen else None}
-    if scorer is not None:
-        column, right = scorer
-        verdicts = [right(answer, e) for e, answer in pairs]
-        items[column], more["undecided"] = [verdict is True for verdict in verdicts], verdicts.count(None)
-    return {**{name: sum(flags) / n for name, flags in items.items()}, **more,
-            "items": {name: to_hex(flags) for name, flags in items.items()}}
-
-
-@torch.inference_mode()
-def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 16,
-             **view_options) -> float:
-    """Next-token loss per target, over all examples."""
-    views, total, n = [render_views(e, tokenizer, **view_options) for e in examples], 0.0, 0
-    for start in range(0, len(views), chunk):
-        part = views[start:start + chunk]
-        batch = collate_three(part, [False] * len(part)).to(model.device)
-        total += ntp(model.head, model(batch.ids), batch.labels, batch.label_at).item()
-        n += batch.n_tokens
-    return total / n
 
 
 def answer_texts(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
@@ -173,28 +133,149 @@ def answer_texts(model: Transformer, tokenizer: Tokenizer, examples: list[Exampl
     return [(tokenizer.decode(answer.ids), answer.stopped) for answer in answers]
 
 
+# ---- what answers are worth --------------------------------------------------------------------------------
+
+def to_hex(flags: list[bool]) -> str:
+    """A bit per item, the first the highest of the first byte."""
+    return np.packbits(flags).tobytes().hex()
+
+
+def from_hex(text: str, n: int) -> np.ndarray:
+    """(n,) verdicts, 0 or 1, of to_hex."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n]
+
+
+def score(examples: list[Example], answers: list[str], stopped: list[bool], leaked: set[tuple[str, str]],
+          scorer: tuple[str, Callable] | None = None) -> dict:
+    """Shares of the examples, 0 to 1, as this file's docstring defines them, and under "items" each share's
+    verdicts item by item. leaked: the test pairs that stand in train; scorer: of tasks.scorers.scorer_of."""
+    n = len(examples)
+    pairs = list(zip(examples, answers, strict=True))
+    exact = [answer == e.code for e, answer in pairs]
+    unseen = [hit for e, hit in zip(examples, exact, strict=True) if (e.text, e.code) not in leaked]
+    items = {"exact": exact, "prefix": [answer.startswith(e.code) for e, answer in pairs], "stopped": stopped}
+    more = {"exact_unseen": sum(unseen) / len(unseen) if unseen else None}
+    if scorer is not None:
+        column, judge = scorer
+        verdicts = [judge(answer, e.text, e.code) for e, answer in pairs]
+        items[column], more["undecided"] = [verdict is True for verdict in verdicts], verdicts.count(None)
+    return {**{name: sum(flags) / n for name, flags in items.items()}, **more,
+            "items": {name: to_hex(flags) for name, flags in items.items()}}
+
+
+@torch.inference_mode()
+def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], o: ViewOptions = DEFAULT_VIEWS,
+             chunk: int = 16) -> float:
+    """Next-token loss per target, over all examples."""
+    views, total, n = [render_views(e, tokenizer, o) for e in examples], 0.0, 0
+    for start in range(0, len(views), chunk):
+        part = views[start:start + chunk]
+        batch = collate_three(part, [False] * len(part)).to(model.device)
+        total += ntp(model.head, model(batch.ids), batch.labels, batch.label_at).item()
+        n += batch.n_tokens
+    return total / n
+
+
+# ---- embeddings: did they collapse? ------------------------------------------------------------------------
+
+@torch.inference_mode()
+def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
+                o: ViewOptions = DEFAULT_VIEWS, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """pred and enc of every example, each (N, C), on the CPU, from the passes of jepa_loss.three_pass."""
+    views = [render_views(example, tokenizer, o) for example in examples]
+    pred, enc = [], []
+    for start in range(0, len(views), chunk):
+        part = views[start:start + chunk]
+        batch = collate_three(part, [True] * len(part)).to(model.device)
+        pred.append(gather(model(batch.pred_ids), batch.pred_at))
+        enc.append(gather(model(batch.enc_ids), batch.enc_at))
+    return torch.cat(pred).cpu(), torch.cat(enc).cpu()
+
+
+def view_targets(examples: list[Example], reverse: bool) -> list[str]:
+    """What the predicted view of each example says: an identical one counts as found."""
+    return [e.text_view or e.text if reverse else e.code_view or e.code for e in examples]
+
+
+def rank_me(x: Tensor) -> float:
+    """RankMe (arXiv 2210.02885): exp of the entropy of the singular values' shares, between 1 (collapsed) and
+    min(N, C). x (N, C)."""
+    singular = torch.linalg.svdvals(x.double())
+    share = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def collapse_report(pred: Tensor, enc: Tensor, targets: list[str]) -> dict[str, float]:
+    """What the cosine is worth: the same cosine of mismatched pairs, retrieval and rank.
+
+    pred, enc (N, C): N >= 2 pairs; targets: what enc embeds, so that an identical one counts as found.
+    Mismatched are pair i and the target of i + 1, where that is another one (all i, if it never is).
+    """
+    ranks = {"rank_pred": rank_me(pred), "rank_enc": rank_me(enc)}
+    pred, enc = F.normalize(pred.double(), dim=-1), F.normalize(enc.double(), dim=-1)
+    paired = (pred * enc).sum(-1).mean().item()
+    other = [a != b for a, b in zip(targets, targets[1:] + targets[:1], strict=True)]
+    other = torch.tensor(other if any(other) else [True] * len(targets), device=pred.device)
+    shuffled = (pred * enc.roll(-1, 0)).sum(-1)[other].mean().item()
+    nearest = (pred @ enc.T).argmax(1).tolist()
+    found = sum(targets[i] == targets[j] for i, j in enumerate(nearest))
+    return {"cos_paired": paired, "cos_shuffled": shuffled, "cos_gap": paired - shuffled,
+            "retrieval_at_1": found / len(targets), **ranks}
+
+
+def linear_map_error(x: Tensor, y: Tensor) -> float:
+    """Held-out error of a least-squares map x -> y with a constant, relative to predicting the mean of y: 0 if y
+    is a linear function of x, 1 if x says nothing that is linear. Fitted on one half of the pairs, tested on the
+    other, and the other way round. x, y (N, C) with N > 2 C + 2."""
+    x, y = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double(), y.double()
+    half, errors = len(x) // 2, []
+    for train, test in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        fitted = torch.linalg.lstsq(x[train], y[train], driver="gelsd").solution
+        error = (x[test] @ fitted - y[test]).square().sum()
+        errors.append(error / (y[train].mean(0) - y[test]).square().sum())
+    return float(sum(errors) / 2)
+
+
+def analyse(text: Tensor, pred: Tensor, enc: Tensor, targets: list[str]) -> dict:
+    """What --embeddings shows, of Enc(Text), Pred(Enc(Text)) and Enc(Code), each (N, C): collapse_report as they
+    are and less their means (`_centred`); their spread (root mean square distance from the mean); singular values
+    and rank of Enc(Text) - Enc(Code); the error of the linear map from Enc(Text) to Enc(Code), and of mismatched
+    pairs (None where the pairs are too few to fit one)."""
+    enough = len(text) > 2 * text.shape[1] + 2
+    centred = collapse_report(pred - pred.mean(0), enc - enc.mean(0), targets)
+    return collapse_report(pred, enc, targets) | {f"{name}_centred": x for name, x in centred.items()} | {
+        "rank_text": rank_me(text),
+        **{f"spread_{name}": float((x - x.mean(0)).square().sum(1).mean().sqrt())
+           for name, x in (("text", text), ("enc", enc))},
+        "rank_difference": rank_me(text - enc),
+        "linear_error": linear_map_error(text, enc) if enough else None,
+        "linear_error_shuffled": linear_map_error(text, enc.roll(-1, 0)) if enough else None,
+        "singular_values": torch.linalg.svdvals((text - enc).double()).tolist()}
+
+
+# ---- all of it ---------------------------------------------------------------------------------------------
+
 COLLAPSE_ITEMS = 512  # chance retrieval and RankMe depend on how many; all of them: --embeddings
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_options: dict, max_new_tokens: int,
-             n: int | None = None) -> tuple[dict[str, float], list[str]]:
+def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, o: ViewOptions, max_new_tokens: int,
+             n: int | None = None) -> tuple[dict, list[str]]:
     """Scores of the first n test examples (None: all), collapse_report of the first COLLAPSE_ITEMS of those,
     and the answers."""
     began, training = time.perf_counter(), model.training
     model.eval()
     test, answers = list(data.test[:n]), []
     if test[0].text_only:
-        result = {"ntp": mean_ntp(model, tokenizer, test, **view_options)}
+        result = {"ntp": mean_ntp(model, tokenizer, test, o)}
     else:
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
-        result = score(test, answers, stopped, data.seen, scorer_of(data.name, data.folder))
+        result = score(test, answers, stopped, data.leaked, scorer_of(data.name, data.folder))
     sample = test[:COLLAPSE_ITEMS]
     if len(sample) > 1:
-        result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options),
-                                  targets(sample, view_options["reverse"]))
+        result |= collapse_report(*embed_pairs(model, tokenizer, sample, o), view_targets(sample, o.reverse))
     model.train(training)
-    digest = sha256("".join(json.dumps([e.text, e.code]) for e in test).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("".join(json.dumps([e.text, e.code]) for e in test).encode()).hexdigest()[:16]
     return result | {"n": len(test), "seconds": round(time.perf_counter() - began, 2),
                      "dataset": data.name, "source": data.source, "test": digest}, answers
 
@@ -204,184 +285,167 @@ def default_max_new_tokens(tokenizer: Tokenizer, train: Sequence[Example]) -> in
     return math.ceil(1.5 * max(len(tokenizer.encode(e.code)) for e in train))
 
 
-# ---- models and runs ---------------------------------------------------------------------------------------
+SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
+COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
+COLUMNS = (*SHARES, "ntp", *COLLAPSE, *(f"{name}_centred" for name in COLLAPSE), "rank_text", "spread_text",
+           "spread_enc", "rank_difference", "linear_error", "linear_error_shuffled")
 
-VIEW_OPTIONS = ("k", "ntp_on", "train_eos", "pred_first", "reverse")
+
+def markdown(rows: list[tuple]) -> str:
+    """A table of strings, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
 
 
-def load_model(folder: str | Path, device: str = "auto",
-               format: str = "auto") -> tuple[Transformer, Tokenizer]:
+def shown(column: str, value: float) -> str:
+    """Shares in percent, the rest as it is."""
+    if column in SHARES or column.startswith("retrieval"):
+        return f"{100 * value:.2f}"
+    return str(value) if column == "n" else f"{value:.2f}" if column.startswith("rank") else f"{value:.4f}"
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown: a row per model. A column that none has is left out."""
+    columns = [c for c in (*COLUMNS, "n") if any(r.get(c) is not None for r in results.values())]
+    return markdown([("model", *columns), *(
+        (name, *("-" if r.get(c) is None else shown(c, r[c]) for c in columns))
+        for name, r in results.items())])
+
+
+def brief(result: dict) -> str:
+    """Accuracy, next-token loss and cosines in one line."""
+    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
+    if "ntp" in result:
+        parts.append(f"ntp {result['ntp']:.4f}")
+    if "cos_paired" in result:
+        parts.append(f"cosine {result['cos_paired']:.3f} (mismatched pairs {result['cos_shuffled']:.3f})")
+    return ", ".join(parts)
+
+
+# ---- the program -------------------------------------------------------------------------------------------
+
+@dataclass
+class EvalOptions:
+    models: list[str] = opt((), "run folders of train.py; with --dataset or --prompt also model folders")
+    prompt: str = opt("", "answer this text instead of scoring", needs="!dataset !embeddings")
+    system: str | None = opt(None, "the instruction (default: that of the run's data)", needs="prompt")
+    dataset: str = opt("", "score on this dataset instead of each run's own", needs="!embeddings")
+    test_file: str = opt("", "the test split of a dataset of your own", needs="dataset=*.jsonl")
+    n_test: int = opt(0, "score on the first N examples", needs="dataset", low=1)
+    on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is", needs="dataset")
+    format: Literal[FORMATS] = opt("auto", "of conversations (default: the run's)", needs="dataset|prompt")
+    data_dir: str = opt("", "where the published files are (default: the run's, or data)",
+                        needs="!prompt dataset!=*.jsonl")
+    other_data: bool = opt(False, "score on other files than the run's: a run on generated data on the published",
+                           needs="!dataset !prompt !embeddings")
+    embeddings: bool = opt(False, "look at the embeddings instead of scoring")
+    max_new_tokens: int = opt(0, "longest answer (default: 1.5 times the longest of train)", low=1,
+                              needs="!embeddings")
+    device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
+
+
+def load_model(folder: str | Path, device: str = "auto", format: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model, in float32, and tokenizer of a finished run or of a Hugging Face folder."""
-    folder = Path(folder)
-    verify(folder)
+    if (Path(folder) / "run.json").exists() and not (Path(folder) / "eval.json").exists():
+        raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     model = Transformer.from_pretrained(folder, torch.float32)
     tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
     return model.to(pick_device(device)).eval(), tokenizer
 
 
-def only_scored(folder: str | Path) -> bool:
-    """Is it an eval.json without its run, as results/ has them?"""
-    return (Path(folder) / "eval.json").exists() and not (Path(folder) / "run.json").exists()
+def view_options(settings: dict) -> ViewOptions:
+    """Those of a run.json; an older one may lack some."""
+    return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
 
 
-def load_run(folder: str | Path) -> dict:
-    """What run.json holds."""
-    path = Path(folder) / "run.json"
-    if not path.exists():
-        raise BadInput(f"{path}: no such file; --dataset scores a model that is no run of train.py")
-    verify(folder)
-    return read_run(folder)
-
-
-def reopen(folder: str | Path, data_dir: str | None, other_data: bool,
-           device: str) -> tuple[Transformer, Tokenizer, Dataset, dict, bool]:
-    """A finished run's model, tokenizer, data (examples that do not fit left out) and view options; are the
-    data's files its own? If not, other_data must be set."""
-    run = load_run(folder)
-    c = run["config"]
-    model, tokenizer = load_model(folder, device, c["format"])
-    data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"], c["n_test"], c["view2"])
+def load_run(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, Dataset, ViewOptions, dict]:
+    """A finished run: model, tokenizer, its data less what does not fit, view options, run.json."""
+    if not (Path(folder) / "run.json").exists():
+        raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run of train.py")
+    run = read_run(folder)
+    c, views = run["config"], view_options(run["config"])
+    model, tokenizer = load_model(folder, o.device, c["format"])
+    data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"], c["eval_split"],
+                        c["n_test"])
     announce(data)
     check_databases(data)
-    same = list(data.files.values()) == list(run["files"].values())
-    if not same and not other_data:
+    if list(data.files.values()) != list(run["files"].values()) and not o.other_data:
         raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
                        f"files ({data.source}); --other_data scores on them")
-    options = {name: c[name] for name in VIEW_OPTIONS}
-    fit_splits(data, tokenizer, model.config.max_seq_len, c["on_long"], **options)
-    return model, tokenizer, data, options, same
+    fit_splits(data, tokenizer, model.config.max_seq_len, c["on_long"], views)
+    return model, tokenizer, data, views, run
 
 
-def score_run(folder: str | Path, data_dir: str | None = None, other_data: bool = False,
-              max_new_tokens: int | None = None, device: str = "auto") -> dict:
+def score_run(folder: str | Path, o: EvalOptions) -> dict:
     """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
-    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
-    """
-    run = load_run(folder)
-    model, tokenizer, data, options, same = reopen(folder, data_dir, other_data, device)
-    result, _ = evaluate(model, tokenizer, data, options, max_new_tokens or run["max_new_tokens"])
-    if max_new_tokens is None and (same or data.source != run["source"]):
+    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere."""
+    model, tokenizer, data, views, run = load_run(folder, o)
+    result, _ = evaluate(model, tokenizer, data, views, o.max_new_tokens or run["max_new_tokens"])
+    same = list(data.files.values()) == list(run["files"].values())
+    if not o.max_new_tokens and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
-        result |= summary(Path(folder)) if same else {}
+        result |= run_summary(Path(folder)) if same else {}
         write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
     return result
 
 
-def show_embeddings(folders: list[str], data_dir: str | None = None, plot_to: str | None = None,
-                    device: str = "auto") -> dict[str, dict]:
-    """embeddings.analyse of each run, on its whole test split; written to embeddings.json in its folder."""
-    results, embedded = {}, {}
-    if plot_to:
-        plotting(), arms_of({folder: read_result(folder) for folder in folders})  # refused before the work
-    for folder in folders:
-        model, tokenizer, data, options, _ = reopen(folder, data_dir, False, device)
-        test = list(data.test)
-        text, enc = embed_pairs(model, tokenizer, test, **options | {"k": 0, "pred_first": False})
-        pred, _ = embed_pairs(model, tokenizer, test, **options)
-        results[folder] = analyse(text, pred, enc, targets(test, options["reverse"])) | {"n": len(test)}
-        embedded[folder] = text, enc
-        write_text(Path(folder) / "embeddings.json", json.dumps(results[folder], indent=2) + "\n")
-    if plot_to:
-        plot(folders, embedded, {folder: r["singular_values"] for folder, r in results.items()}, plot_to)
-    return results
+def show_embeddings(folder: str, o: EvalOptions) -> dict:
+    """`analyse` of a run, on its whole test split; written to embeddings.json in its folder."""
+    model, tokenizer, data, views, _ = load_run(folder, o)
+    text, pred, enc = embed_all(model, tokenizer, data, views)
+    result = analyse(text, pred, enc, view_targets(data.test, views.reverse)) | {"n": len(text)}
+    write_text(Path(folder) / "embeddings.json", json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def score_checkpoint(folder: str | Path, dataset: str, data_dir: str = "", test_file: str = "",
-                     n_test: int = 0, on_long: str = "error", format: str = "", max_new_tokens: int = 0,
-                     device: str = "auto") -> dict:
+def embed_all(model: Transformer, tokenizer: Tokenizer, data: Dataset, o: ViewOptions) -> tuple[Tensor, ...]:
+    """Enc(Text), Pred(Enc(Text)), Enc(Code) of the test split, each (N, C)."""
+    test = list(data.test)
+    pred, enc = embed_pairs(model, tokenizer, test, o)
+    text, _ = embed_pairs(model, tokenizer, test, ViewOptions(k=0, reverse=o.reverse))
+    return text, pred, enc
+
+
+def score_model(folder: str | Path, o: EvalOptions) -> dict:
     """Score any model on any dataset; nothing is written into its folder. A run keeps its own views, format
     and data_dir, a Hugging Face folder has the default ones, with k = 0."""
-    c = load_run(folder)["config"] if (Path(folder) / "run.json").exists() else asdict(Config(k=0))
-    data = load_dataset(dataset, data_dir or c["data_dir"], test_file, n_test=n_test,
-                        eval_split="valid" if dataset == "paraphrase" else "test")
+    if o.dataset.endswith(".jsonl") and not o.test_file:
+        raise BadInput("a dataset of your own needs --test_file")
+    is_run = (Path(folder) / "run.json").exists()
+    c = read_run(folder)["config"] if is_run else {"k": 0, "data_dir": "data", "format": "auto"}
+    data = load_dataset(o.dataset, o.data_dir or c["data_dir"], o.test_file, n_test=o.n_test,
+                        eval_split="valid" if o.dataset == "paraphrase" else "test")
     announce(data)
     check_databases(data)
-    options = {name: c[name] for name in VIEW_OPTIONS}
-    model, tokenizer = load_model(folder, device, format or c["format"])
-    data.test, _ = fitting(data.test, tokenizer, model.config.max_seq_len, on_long, **options)
-    limit = max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-    return evaluate(model, tokenizer, data, options, limit)[0]
+    model, tokenizer = load_model(folder, o.device, c["format"] if o.format == "auto" else o.format)
+    data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, view_options(c))
+    limit = o.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+    return evaluate(model, tokenizer, data, view_options(c), limit)[0]
+
+
+def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
+    """The answer of one model; a run's own limit, format and instruction are its defaults."""
+    run = read_run(folder) if (Path(folder) / "run.json").exists() else {}
+    format = run.get("config", {}).get("format", "auto") if o.format == "auto" else o.format
+    model, tokenizer = load_model(folder, o.device, format)
+    if o.system is not None and "system" not in tokenizer.format.opening:
+        raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
+    example = Example(o.prompt, "", system=run.get("system", "") if o.system is None else o.system)
+    (answer, stopped), = answer_texts(model, tokenizer, [example],
+                                      o.max_new_tokens or run.get("max_new_tokens", 256))
+    return answer if stopped else answer + " ... (did not stop)"
 
 
 def main() -> None:
-    parser = Parser(description="Score models, compare runs, look at embeddings, answer one text.")
-    parser.add_argument("models", nargs="+", metavar="MODEL",
-                        help="run folders of train.py; with --dataset or --prompt also Hugging Face folders")
-    parser.add_argument("--dataset", help="score on this dataset instead of each run's own")
-    parser.add_argument("--test_file", help="with --dataset: the test split of a dataset of your own")
-    parser.add_argument("--n_test", type=int, help="with --dataset: score on the first N examples")
-    parser.add_argument("--on_long", choices=("error", "drop"),
-                        help="with --dataset: what an example longer than the context is")
-    parser.add_argument("--format", choices=FORMATS,
-                        help="with --dataset or --prompt: of conversations (default: by the special tokens)")
-    parser.add_argument("--data_dir", help="where the published files are (default: the run's, or data)")
-    parser.add_argument("--other_data", action="store_true",
-                        help="score on other files than the run's: a run on generated data on the published")
-    parser.add_argument("--against", help="with several runs: hold every arm against the one of this run")
-    parser.add_argument("--json", help="with several runs: write all numbers to this file")
-    parser.add_argument("--embeddings", action="store_true", help="look at the embeddings instead of scoring")
-    parser.add_argument("--plot", help="with --embeddings: draw into this folder")
-    parser.add_argument("--prompt", help="answer this text instead of scoring")
-    parser.add_argument("--system", help="with --prompt: the instruction (default: that of the run's data)")
-    parser.add_argument("--max_new_tokens", type=int, help="default: 1.5 times the longest training answer")
-    parser.add_argument("--device", choices=DEVICES, help="(default: auto)")
-    args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
-    common = {name: given.pop(name) for name in ("max_new_tokens", "device") if name in given}
-    models = given.pop("models")
-    mode = next((mode for mode in ("prompt", "dataset", "embeddings") if mode in given),
-                "run" if len(models) == 1 and not only_scored(models[0]) else "runs")
-    takes = {"prompt": {"prompt", "format", "system"}, "run": {"data_dir", "other_data"},
-             "runs": {"json", "against"}, "embeddings": {"embeddings", "data_dir", "plot"},
-             "dataset": {"dataset", "test_file", "n_test", "on_long", "format", "data_dir"}}[mode]
-    own = args.dataset and args.dataset.endswith(".jsonl")
-    takes -= {"data_dir"} if own else {"test_file"}
-    if mode in ("runs", "embeddings"):
-        given |= {name: value for name, value in common.items() if (mode, name) != ("embeddings", "device")}
-    idle = [f"--{name}" for name in given if name not in takes]
-    if idle:
-        why = {"prompt": f"with --prompt {args.prompt}", "dataset": f"with --dataset {args.dataset}",
-               "embeddings": "with --embeddings", "run": "without --dataset, --prompt or several runs",
-               "runs": "with stored scores, which are compared"}[mode]
-        raise BadInput(f"{', '.join(idle)}: no effect {why}")
-    for name in ("max_new_tokens", "n_test"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
-    if own and not args.test_file:
-        raise BadInput("a dataset of your own needs --test_file")
-    if mode == "prompt":
-        for folder in models:
-            print(answer_prompt(folder, **common, **given))
+    o = parse_options(EvalOptions, description=__doc__, positional="models")
+    if o.prompt:
+        for folder in o.models:
+            print(answer_prompt(folder, o))
         return
-    if mode == "embeddings":
-        print(table(show_embeddings(models, args.data_dir, args.plot, args.device or "auto")))
-        return
-    if mode == "runs":
-        results = {str(Path(folder)): read_result(folder) for folder in models}
-        against = str(Path(args.against)) if args.against else None
-        rows = compare(results, against)
-        print(caption(results, rows, against), end="\n\n")
-        print(comparison(rows, "baseline" if against else "plain"))
-        if args.json:
-            write_text(args.json, json.dumps(rows, indent=2) + "\n")
-        return
-    score_one = score_checkpoint if mode == "dataset" else score_run
-    print(table({folder: score_one(folder, **common, **given) for folder in models}))
-
-
-def answer_prompt(folder: str, prompt: str, system: str | None = None, format: str = "",
-                  max_new_tokens: int = 0, device: str = "auto") -> str:
-    """The answer of one model; a run's own limit, format and instruction are its defaults."""
-    run = load_run(folder) if (Path(folder) / "run.json").exists() else {}
-    model, tokenizer = load_model(folder, device, format or run.get("config", {}).get("format", "auto"))
-    if not prompt or system is not None and "system" not in tokenizer.format.opening:
-        raise BadInput("--prompt is empty" if not prompt else
-                       f"--system: no effect with {folder}, whose format has no system turn")
-    example = Example(prompt, "", system=run.get("system", "") if system is None else system)
-    (answer, stopped), = answer_texts(model, tokenizer, [example],
-                                      max_new_tokens or run.get("max_new_tokens", 256))
-    return answer if stopped else answer + " ... (did not stop)"
+    use = show_embeddings if o.embeddings else score_model if o.dataset else score_run
+    print(table({folder: use(folder, o) for folder in o.models}))
 
 
 if __name__ == "__main__":

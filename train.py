@@ -1,4 +1,4 @@
-"""Train LLM-JEPA, from scratch or from a checkpoint: a step, the loop, resume. Settings: config.py.
+"""Train LLM-JEPA, from scratch or from a checkpoint: settings, a step, the loop.
 
     python train.py --dataset nlrx_synth                    LLM-JEPA with all defaults
     python train.py --dataset nlrx_synth --lam 0            the baseline: plain next-token training
@@ -8,45 +8,197 @@
                                                             folder, or a run; --lora_rank 64: adapters only
     torchrun --nproc_per_node 2 train.py --dataset nlrx_synth   the same losses from two processes
 
-A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: ntp and jepa
-are the terms of the loss, in which a pair that --alpha drops counts as 0; tokens are L_LLM's targets, without
-the views'), state.pt (the last checkpoint:
-weights, optimizer, step), and at the end the model as a Hugging Face folder has it and eval.json. Ctrl-C and
-SIGTERM leave a checkpoint. The same command started again goes on where the last one left it, and ends with
-the same weights, bit for bit on a CPU: nothing in a run depends on anything but (seed, step).
+A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: every term of
+the loss, unweighted; `tokens` counts next-token targets only), state.pt (the last checkpoint), and at the end the
+model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same command
+started again goes on where the last one left it, and ends with the same weights, bit for bit on a CPU: nothing in
+a run depends on anything but (seed, step).
 """
-import contextlib
 import json
 import math
 import platform
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, fields
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import distributed as ranks
-from batches import Rendered, Sampler, Shape, ahead, collate_fused, collate_three, fit_splits, loss_dropout
-from batches import pack, tube_positions
-from config import Config, describe, model_config, parse_config
-from data import Dataset, announce, load_dataset, own_tokenizer
-from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
-from support.files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
-from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
-from jepa_loss import total_loss
-from model import Transformer, pick_device
-from tasks.datasets import sha256
-from experiments.compare import brief, read_result, table
-from support.runs import Run, git_commit, summary, trainable, verify
+from data import Sampler, Shape, ViewOptions, fit_splits, micro_batches, own_tokenizer, prefetch, render_views
+from data import shape_of
+from eval import brief, default_max_new_tokens, evaluate, table
+from jepa_loss import DISTANCES, Terms, dense_mask, flex_mask, fused, stop_gradient, three_pass, total_loss
+from model import PRESETS, ModelConfig, Transformer
+from support import distributed
+from support.distributed import DEVICES, device_available, pick_device
+from support.files import BadInput, interrupts, main_guard, read_json, sha256, write_text
+from support.lora import add_lora, merge_lora
+from support.runs import Run, git_commit, read_run, run_summary, trainable
+from support.settings import fill, opt, parse, problems, raise_problems, run_name
+from support.tokenizer import CARRIED, FORMATS, Tokenizer
+from tasks.datasets import PUBLISHED, Dataset, announce, load_dataset
 from tasks.scorers import check_databases
-from support.tokenizer import CARRIED, Tokenizer
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+of_data, of_model = partial(opt, group="data"), partial(opt, group="model")
+of_shape = partial(of_model, low=0, needs="!init_from")
+of_loss, of_optim = partial(opt, group="objective"), partial(opt, group="optimization")
+of_run, neutral = partial(opt, group="the run"), partial(opt, group="the run", identity="nothing")
+
+
+@dataclass
+class Config(ViewOptions):
+    """Every setting of a run: `--name value` on the command line, and an entry of run.json.
+
+        loss = gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code)) + stp * Semantic Tube Prediction
+    """
+    dataset: str = of_data("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file", identity="content")
+    data_dir: str = of_data("data", "where the published files are", identity="nothing", needs="dataset!=*.jsonl")
+    test_file: str = of_data("", "the test split of a dataset of your own", identity="nothing",
+                          needs="dataset=*.jsonl eval_split=test")
+    n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
+    n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
+    eval_split: Literal["test", "valid"] = of_data("test", "valid: score on the last tenth of train, held out")
+    on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
+    vocab_size: int = of_data(512, "at most so many byte-level BPE tokens, trained on the train split", low=256,
+                           needs="!init_from")
+    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by the tokenizer's special tokens",
+                                    needs="init_from")
+
+    init_from: str = of_model("", "begin with the weights of a run, or of a Hugging Face folder of a Llama-style model",
+                          identity="content")
+    lora_rank: int = of_model(0, "train adapters of this rank instead of the weights; 0: the weights", low=0,
+                          needs="init_from")
+    lora_dropout: float = of_model(0.1, "in front of the adapters", low=0, below=1, needs="lora_rank")
+    preset: Literal[tuple(PRESETS)] = of_model("nano", "shape of the model", needs="!init_from")
+    dim: int = of_shape(0, "width C; 0: the preset's")
+    n_layers: int = of_shape(0, "blocks; 0: the preset's")
+    n_heads: int = of_shape(0, "query heads; 0: the preset's")
+    n_kv_heads: int = of_shape(0, "key-value heads; 0: the preset's")
+    ffn_dim: int = of_shape(0, "inner width of the MLP; 0: the preset's")
+    max_seq_len: int = of_shape(0, "context in tokens; 0: the preset's")
+
+    gamma: float = opt(1.0, "weight of the next-token loss", group="labels", low=0)
+    lam: float = of_loss(1.0, "weight of the JEPA loss; 0: plain next-token training", low=0)
+    stp: float = of_loss(0.0, "weight of Semantic Tube Prediction; 0: without", low=0)
+    distance: Literal[tuple(DISTANCES)] = of_loss("cosine", "d", needs="lam")
+    temperature: float = of_loss(0.07, "of --distance infonce", above=0, needs="lam distance=infonce")
+    stop_gradient: bool = of_loss(False, "no gradient into Enc(Code), the target", needs="lam")
+    alpha: float = of_loss(0.0, "loss dropout: each example goes without its views with this probability",
+                             low=0, below=1, needs="lam")
+    passes: Literal["fused", "three"] = of_loss("fused", "one masked pass, or three: the same losses",
+                                                  needs="lam")
+
+    epochs: int = of_optim(3, "passes over the train split", low=1, needs="!max_flops")
+    max_steps: int = of_optim(0, "end after so many steps, if the epochs do not end before", low=0,
+                           needs="!max_flops")
+    max_flops: float = of_optim(0.0, "end when so many useful FLOPs are spent, instead of after epochs", low=0)
+    batch_size: int = of_optim(32, "examples per step", low=1)
+    micro_batch: int = of_optim(0, "examples per forward and backward; 0: the whole batch", low=0,
+                             identity="nothing")
+    lr: float = of_optim(1e-3, "peak of the learning rate", above=0)
+    warmup: float = of_optim(0.05, "share of the run in which it rises; then it falls to 0 along a cosine", low=0,
+                          below=1)
+    weight_decay: float = of_optim(0.1, "AdamW's, on matrices only", low=0)
+    beta1: float = of_optim(0.9, "AdamW's", low=0, below=1)
+    beta2: float = of_optim(0.95, "AdamW's", low=0, below=1)
+    clip: float = of_optim(1.0, "largest norm of the gradient", above=0)
+
+    seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = of_run(
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where the processor has it "
+                "natively; tf32: float32 with products of 10 bits, on CUDA")
+    row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one example a row", low=0,
+                       needs="passes=fused")
+    attention: Literal["auto", "dense", "flex"] = neutral(
+        "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)",
+        needs="passes=fused lam|row_len")
+    fixed_shapes: bool | None = neutral(None, "fill packed rows up to one shape (default: if compiled on CUDA)",
+                                        needs="row_len passes=fused")
+    device: Literal[DEVICES] = neutral("auto", "auto: cuda, then mps, then cpu")
+    compile: bool | None = neutral(None, "torch.compile (default: on CUDA only)")
+    grad_checkpointing: bool = neutral(False, "recompute activations in the backward: less memory, more time")
+    prefetch: bool = neutral(True, "collate in a thread, ahead of the step, and copy without waiting")
+    log_every: int = neutral(10, "steps between two lines of metrics.jsonl", low=1)
+    checkpoint_every: int = neutral(0, "steps between two checkpoints; 0: an epoch", low=0)
+    max_new_tokens: int = of_run(0, "longest answer in evaluation; 0: 1.5 times the longest of train", low=0,
+                              needs="dataset!=paraphrase")
+    out: str = neutral("", "run folder (default: runs/, named after the dataset and what is not default)")
+
+
+# Other defaults with --init_from: the paper's protocol, and the middle of its learning rates
+FINE_TUNING = {"lr": 2e-5, "epochs": 4, "batch_size": 16}
+FORMER = {"view2": "", "match_flops": "", "objective": "jepa"}  # settings of older runs, and their defaults
+
+
+def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
+    """A valid Config from the command line. BadInput names everything that is wrong with it, in one line."""
+    config, given = parse(Config, argv, description, tuned=("init_from", FINE_TUNING))
+    return checked(config, given)
+
+
+def checked(c: Config, given: set[str] | None = None) -> Config:
+    """c itself, with its default folder; given: the settings that the user named (None: that are not at their
+    defaults)."""
+    tuned = FINE_TUNING if c.init_from else {}
+    raise_problems(problems(c, given, tuned) + contradictions(c))
+    if not c.init_from:
+        model_config(c, c.vocab_size)  # raises where the shape makes no sense
+    if not c.lam:
+        c.k = 0  # no predictor tokens: none would be trained
+    c.out = c.out or str(Path("runs") / run_name(c, tuned))
+    return c
+
+
+def contradictions(c: Config) -> list[str]:
+    """What settings that are right by themselves get wrong together."""
+    on_cuda = device_available(c.device) and pick_device(c.device).type == "cuda"
+    whole_batch = bool(c.lam) and getattr(DISTANCES[c.distance], "whole_batch", False)
+    wrong = {
+        f"--device {c.device}: not available here": not device_available(c.device),
+        "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp),
+        f"--distance {c.distance} takes its negatives from the whole batch: it needs --batch_size 2 or more, no "
+        "--micro_batch, no --alpha, no --fixed_shapes and one process": whole_batch and (
+            c.micro_batch or c.alpha or c.batch_size == 1 or distributed.world > 1 or c.fixed_shapes),
+        "--dtype tf32 needs CUDA": c.dtype == "tf32" and not on_cuda,
+        "--attention flex needs CUDA and --compile: it has no backward elsewhere":
+            c.attention == "flex" and (not on_cuda or c.compile is False),
+        "a dataset of your own needs --test_file or --eval_split valid":
+            c.dataset.endswith(".jsonl") and c.eval_split == "test" and not c.test_file,
+        "paraphrase has no test split: it needs --eval_split valid":
+            c.dataset == "paraphrase" and c.eval_split != "valid",
+        f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}": c.micro_batch > c.batch_size}
+    return [message for message, is_wrong in wrong.items() if is_wrong]
+
+
+def model_config(c: Config, vocab_size: int) -> ModelConfig:
+    """The preset with the shapes that the user gave."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+    given = {name: getattr(c, name) for name in names if getattr(c, name)}
+    config = ModelConfig(**dict(PRESETS[c.preset]) | given | {"vocab_size": vocab_size})
+    if c.n_heads and not c.n_kv_heads:
+        config.n_kv_heads = c.n_heads
+    if c.dim or c.n_heads:
+        config.head_dim = config.dim // config.n_heads
+    if config.head_dim * config.n_heads != config.dim or config.head_dim % 2:
+        raise BadInput(f"--dim {config.dim} --n_heads {config.n_heads}: heads must have the same, even width")
+    if config.n_heads % config.n_kv_heads:
+        raise BadInput(f"--n_kv_heads {config.n_kv_heads} does not divide --n_heads {config.n_heads}")
+    return config
+
 
 # ---- one step ----------------------------------------------------------------------------------------------
+
+def step_seed(seed: int, step: int) -> int:
+    return int(np.random.default_rng([seed, step, 2]).integers(2**63))
+
 
 def native_bf16(device: torch.device) -> bool:
     """Does the processor multiply bfloat16 itself? Emulation is slower than float32."""
@@ -56,68 +208,9 @@ def native_bf16(device: torch.device) -> bool:
                                         for name in ("avx512_bf16", "amx_bf16"))
 
 
-def masking(c: Config, device: torch.device) -> Callable:
-    flex = device.type == "cuda" and c.compile is not False and c.row_len > 0
-    return flex_mask if c.attention == "flex" or c.attention == "auto" and flex else dense_mask
-
-
-class Step(nn.Module):
-    """Batch -> Losses: what is compiled. Autocast is entered per forward: entered once and never left, it
-    would keep stale bfloat16 copies of the weights."""
-
-    def __init__(self, model: Transformer, c: Config, dtype: str):
-        super().__init__()
-        self.model, self.dtype = model, dtype
-        self.passes = three_pass if c.passes == "three" else partial(fused, masking=masking(c, model.device))
-        self.distance = DISTANCES[c.distance]
-        if c.distance == "infonce":
-            self.distance = partial(self.distance, temperature=c.temperature)
-        if c.stop_gradient:
-            self.distance = stop_gradient(self.distance)
-
-    def forward(self, batch) -> Losses:
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self.passes(self.model, batch, self.distance)
-
-
-def groups(c: Config, n: int) -> list[range]:
-    """Which of a step's n examples this rank takes in each of its micro-batches."""
-    mine = range(ranks.rank, n, ranks.world)
-    size = c.micro_batch or n
-    return [mine[start:start + size] for start in range(0, len(mine), size)]
-
-
-def micro_batches(c: Config, train: Rendered, indices: np.ndarray, step: int,
-                  shape: Shape | None = None) -> list:
-    """This rank's share of the step's examples, collated in groups of at most --micro_batch."""
-    views = c.lam and c.objective == "jepa"
-    keep = loss_dropout(len(indices), c.alpha, c.seed, step) if views else [False] * len(indices)
-    collate = collate_three if c.passes == "three" else partial(collate_fused, row_len=c.row_len, shape=shape)
-    mine = groups(c, len(indices))
-    batches = [collate([train[indices[i]] for i in group], [keep[i] for i in group]) for group in mine]
-    if c.objective == "stp":
-        draws = np.random.default_rng([c.seed, step, 3]).random((len(indices), 3))
-        for group, batch in zip(mine, batches, strict=True):
-            lengths = [len(train[indices[i]].main) for i in group]
-            batch.tube_at = tube_positions(lengths, batch.ids.shape[1], draws[group])
-    return batches
-
-
-def largest_shape(c: Config, sampler: Sampler, counts: np.ndarray, total: int) -> Shape:
-    """What the largest micro-batch of all steps needs, no views dropped; counts: batches.fitting's."""
-    rows, tokens, labels, pairs = 1, c.row_len, 1, 1
-    for step in range(total):
-        indices = sampler.indices(step)
-        for group in groups(c, len(indices)):
-            main, fused_row, labelled = counts[indices[list(group)]].T.tolist()
-            lengths = fused_row if c.lam else main
-            rows, tokens = max(rows, len(pack(lengths, c.row_len))), max(tokens, *lengths)
-            labels, pairs = max(labels, sum(labelled)), max(pairs, len(group))
-    return Shape(rows, tokens, labels, pairs if c.lam else 0)
-
-
-def step_seed(seed: int, step: int) -> int:
-    return int(np.random.default_rng([seed, step, 2]).integers(2**63))
+def forward_dtype(c: Config, device: torch.device) -> str:
+    """--dtype, auto resolved."""
+    return c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
 
 
 def set_precision(dtype: str) -> None:
@@ -125,18 +218,32 @@ def set_precision(dtype: str) -> None:
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
 
 
-def step_flops(model: Transformer, batches: list) -> int:
-    return sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)
+class Step(nn.Module):
+    """Batch -> Terms: what is compiled. Autocast is entered per forward: entered once and never left, it
+    would keep stale bfloat16 copies of the weights."""
+
+    def __init__(self, model: Transformer, c: Config, dtype: str):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        flex = c.row_len and model.device.type == "cuda" and c.compile is not False
+        flex = c.attention == "flex" or c.attention == "auto" and flex
+        self.passes = three_pass if c.passes == "three" else partial(
+            fused, masking=flex_mask if flex else dense_mask)
+        self.distance = DISTANCES[c.distance]
+        if c.distance == "infonce":
+            self.distance = partial(self.distance, temperature=c.temperature)
+        if c.stop_gradient:
+            self.distance = stop_gradient(self.distance)
+
+    def forward(self, batch) -> Terms:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return self.passes(self.model, batch, self.distance)
 
 
-def steps_to_match(budget: int, c: Config, model: Transformer, train: Rendered, sampler: Sampler) -> int:
-    """How many steps reach so many operations. Every batch is made for it: a hundredth of the work to come.
-    """
-    step = 0
-    while budget > 0:
-        budget -= ranks.total([step_flops(model, micro_batches(c, train, sampler.indices(step), step))])[0]
-        step += 1
-    return step
+def weights_of_terms(c: Config) -> dict[str, float]:
+    """loss = sum(weight * term): the terms that take part."""
+    weights = {"ntp": c.gamma, "stp": c.stp, "jepa": c.lam}
+    return {name: weight for name, weight in weights.items() if weight or name == "ntp"}
 
 
 def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
@@ -148,12 +255,38 @@ def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
 
 
-def lr_at(step: int, total: int, c: Config) -> float:
-    """Linear up over the warm-up, then down to 0 along half a cosine."""
-    warmup = max(1, round(c.warmup * total))
-    if step < warmup:
-        return c.lr * (step + 1) / warmup
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def lr_at(start: int, end: int, budget: int, c: Config) -> float:
+    """Linear up over the warm-up, then down to 0 along half a cosine, for a step from `start` to `end` of a budget
+    of steps or FLOPs."""
+    warmup = max(1, round(c.warmup * budget))
+    if start < warmup:
+        return c.lr * min(1.0, end / warmup)
+    return c.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (start - warmup) / max(1, budget - warmup))))
+
+
+def count_step(model: Transformer, batches: list, weights: dict[str, float]) -> tuple[dict[str, int], int, int]:
+    """What the sums of a step's terms are divided by, its examples, and the FLOPs it needs, of all ranks."""
+    *counts, examples, flops = distributed.total([
+        *(sum(b.count(name) for b in batches) for name in weights), sum(b.n_pairs for b in batches),
+        sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)])
+    return dict(zip(weights, counts, strict=True)), examples, flops
+
+
+def backward(step_terms: Callable, batches: list, counts: dict[str, int], weights: dict[str, float],
+             device: torch.device, wait: bool = True) -> dict[str, Tensor | float]:
+    """Add this rank's part of a step's gradient to the weights; returns its part of the mean of each term."""
+    means = dict.fromkeys(weights, 0.0)
+    for batch in batches:
+        terms = step_terms(batch.to(device, wait))
+        total_loss(terms, counts, weights).backward()
+        for name, (sum_, _) in terms.items():
+            means[name] = means[name] + sum_.detach() / counts[name]
+    return means
+
+
+def largest_shape(make: Callable[[int], list], steps: int) -> Shape:
+    """What the largest batch of these steps needs."""
+    return Shape(*map(max, zip(*(shape_of(batch) for step in range(steps) for batch in make(step)), strict=True)))
 
 
 # ---- before and after the loop -----------------------------------------------------------------------------
@@ -165,7 +298,8 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
         return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
     if not Path(c.init_from).is_dir():
         raise BadInput(f"--init_from {c.init_from}: no such folder")
-    verify(c.init_from)
+    if Path(c.init_from, "run.json").exists() and not Path(c.init_from, "eval.json").exists():
+        raise BadInput(f"--init_from {c.init_from}: its training is not finished")
     model = Transformer.from_pretrained(c.init_from, torch.float32)
     tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
     if model.pred_embedding is None or len(model.pred_embedding) != c.k:
@@ -173,61 +307,33 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     if c.lora_rank > model.config.dim:
         raise BadInput(f"--lora_rank {c.lora_rank}: more than the model's width of {model.config.dim}")
     if c.lora_rank:
-        model.add_lora(c.lora_rank, c.lora_dropout, c.seed)
+        add_lora(model, c.lora_rank, c.lora_dropout, c.seed)
     return model, tokenizer
-
-
-def view_options(c: Config) -> dict:
-    """What data.render_views takes."""
-    return {name: getattr(c, name) for name in VIEW_OPTIONS}
-
-
-def name_of(init_from: str) -> str:
-    """A run by its settings, without its seed; "" if it is none."""
-    path, known = Path(init_from, "run.json"), {field.name for field in fields(Config)} - {"seed"}
-    if not init_from or not path.exists():
-        return ""
-    config = read_json(path).get("config", {})
-    return describe(Config(**{name: value for name, value in config.items() if name in known}))
-
-
-def forward_dtype(c: Config, device: torch.device) -> str:
-    """--dtype, auto resolved."""
-    return c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
-
-
-def budget_of(match_flops: str) -> int | None:
-    """The operations that the run --match_flops took."""
-    if not match_flops:
-        return None
-    flops = read_result(match_flops)["trained"]["flops"]
-    if type(flops) is not int or flops < 1:
-        raise BadInput(f"--match_flops {match_flops}: its eval.json does not say what the training took")
-    return flops
 
 
 def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
             or path.name in ("config.json", *CARRIED)] if c.init_from else []
+    base_run = ""  # the run that --init_from is, by its settings without the seed
+    if c.init_from and Path(c.init_from, "run.json").exists():
+        theirs = fill(Config, read_run(c.init_from)["config"], FORMER) | {"seed": Config.seed}
+        base_run = run_name(Config(**{name: theirs[name] for name in asdict(c)}), {})
     return {"config": asdict(c), "source": data.source, "files": data.files,
-            "init": {str(path): sha256(path) for path in base}, "init_run": name_of(c.init_from),
-            "budget": budget_of(c.match_flops),
-            "dtype": forward_dtype(c, device),
-            "system": data.train[0].system, "max_new_tokens": max_new_tokens, "device": str(device),
-            "git_commit": git_commit(),
+            "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
+            "dtype": forward_dtype(c, device), "system": data.train[0].system, "max_new_tokens": max_new_tokens,
+            "device": str(device), "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
-def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, options: dict,
-           limit: int) -> dict:
+def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, c: Config, limit: int) -> dict:
     """Write the model, adapters merged, and its score on the whole test split; print five answers."""
     set_precision("float32")
-    model.merge_lora()
+    merge_lora(model)
     model.save_pretrained(folder)
     tokenizer.save(folder)
-    result, answers = evaluate(model, tokenizer, data, options, limit)
-    result |= summary(folder)
+    result, answers = evaluate(model, tokenizer, data, c, limit)
+    result |= run_summary(folder)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
     for example, answer in zip(data.test, answers[:5], strict=False):  # paraphrase has no answers
         print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
@@ -237,121 +343,123 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset, counts: np.ndarray,
+def compile_step(c: Config, model: Transformer, dtype: str, make: Callable, steps: int) -> tuple[Callable, Callable]:
+    """What turns a batch into terms, and what makes the batches of a step: of one shape, where they are compiled
+    for it. steps: among which the largest batch is looked for."""
+    on_cuda, shape = model.device.type == "cuda", None
+    compiled = on_cuda if c.compile is None else c.compile
+    if c.row_len and (compiled and on_cuda if c.fixed_shapes is None else c.fixed_shapes):
+        shape = largest_shape(make, steps)
+    step_terms = Step(model, c, dtype)
+    return (torch.compile(step_terms, dynamic=shape is None) if compiled else step_terms,
+            partial(make, shape=shape) if shape else make)
+
+
+def check_finite(step: int, means: dict, grad_norm: float, saved: int, where: Iterable[str]) -> None:
+    """BadInput if a term or the gradient is NaN or infinite."""
+    if not math.isfinite(grad_norm + sum(means.values())):
+        kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+        terms = ", ".join(f"{name} {mean}" for name, mean in means.items())
+        raise BadInput(f"step {step + 1}: the loss is not finite ({terms}, gradient norm {grad_norm}); {kept}; "
+                       f"try a lower --lr, or look at the step's examples: {', '.join(where)}")
+
+
+def look(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset, epoch: int, row: dict) -> float:
+    """Score 200 test items after an epoch; returns the seconds that it took."""
+    result, _ = evaluate(model, tokenizer, data, c, run.record["max_new_tokens"], n=200)
+    result.pop("items", None)
+    run.write(row | {"look": result})
+    tqdm.write(f"epoch {epoch}, {result['n']} {c.eval_split} items: {brief(result)}")
+    return result["seconds"]
+
+
+def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset, lengths: np.ndarray,
         device: torch.device) -> None:
-    """All steps that the run still lacks; counts: batches.fitting's of data.train."""
-    dtype, options = run.record["dtype"], view_options(c)
+    """All steps that the run still lacks; lengths (N,): tokens of main of data.train."""
+    dtype = run.record["dtype"]
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     model.grad_checkpointing = c.grad_checkpointing
     set_precision(dtype)
-    examples = Rendered(data.train, tokenizer, **options)
-    sampler = Sampler(counts[:, 0], c.batch_size, c.seed)  # by the length of main
+    views = lru_cache(maxsize=10_000)(lambda i: render_views(data.train[i], tokenizer, c))
+    sampler = Sampler(lengths, c.batch_size, c.seed)
     an_epoch = sampler.steps_per_epoch
-    total = min(c.max_steps or math.inf, c.epochs * an_epoch)
-    if c.match_flops:
-        total = steps_to_match(run.record["budget"], c, model, examples, sampler)
+    total = sys.maxsize if c.max_flops else min(c.max_steps or sys.maxsize, c.epochs * an_epoch)
     every = c.checkpoint_every or an_epoch
-    optimizer, weights = make_optimizer(model, c), trainable(model)
+    optimizer, params, weights = make_optimizer(model, c), trainable(model), weights_of_terms(c)
     start, seen = run.restore(model, optimizer, every)
-    compiled = c.compile if c.compile is not None else device.type == "cuda"
-    fixed = c.row_len and c.distance != "infonce" and (
-        device.type == "cuda" if c.fixed_shapes is None else c.fixed_shapes)
-    shape = largest_shape(c, sampler, counts, total) if fixed else None
-    step_losses = Step(model, c, dtype)
-    if compiled:
-        step_losses = torch.compile(step_losses, dynamic=shape is None)
-    n_trained = sum(weight.numel() for weight in weights.values())
-    print(f"{model.n_params():,} parameters{f' ({n_trained:,} trained)' if c.lora_rank else ''}, "
-          f"{len(examples)} examples, {total} steps on {ranks.world} x {device} "
-          f"in {dtype}{', compiled' if compiled else ''}; run folder {run.folder}"
-          f"{f', from step {start}' if start else ''}", flush=True)
+    step_terms, make = compile_step(c, model, dtype, partial(micro_batches, c, views, sampler),
+                                    an_epoch if c.max_flops else total)
+    length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
+    print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
+          f"{len(data.train)} examples, {length} on {distributed.world} x {device} in {dtype}; run folder "
+          f"{run.folder}{f', from step {start}' if start else ''}", flush=True)
 
-    bar = tqdm(range(start, total), initial=start, total=total, disable=ranks.rank > 0 or None, unit="step",
-               dynamic_ncols=True)
-    collated = (micro_batches(c, examples, sampler.indices(step), step, shape)
-                for step in range(start, total))
-    if c.prefetch:
-        collated = ahead(collated)
-    began, logged, saved, step = time.perf_counter() - seen["seconds"], seen, start, start
-    interrupts.waits = True
-    try:
-        for step, batches in zip(bar, collated, strict=True):
-            look = None
-            if ranks.rank == 0 and step and step % an_epoch == 0:
-                with contextlib.suppress(Interrupted), interrupts.now():  # if interrupted, repeated on resume
-                    look, _ = evaluate(model, tokenizer, data, options, run.record["max_new_tokens"], n=200)
-            n_tokens, n_pairs, flops, interrupted = ranks.total(
-                [sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches),
-                 step_flops(model, batches), interrupts.asked])
-            if interrupted:  # one of the ranks is: all stop here
-                raise Interrupted
-            if look:
-                look.pop("items", None)
-                began += look["seconds"]
-                run.write({"step": step, "epoch": step / an_epoch, **seen, "look": look})
-                tqdm.write(f"epoch {step // an_epoch}, {look['n']} {c.eval_split} items: {brief(look)}")
-            torch.manual_seed(step_seed(c.seed, step) + ranks.rank)  # of the adapters' dropout
+    steps, logged, saved = range(start, total), seen, start
+    batches_of_steps = prefetch(make, steps) if c.prefetch else map(make, steps)
+    bar = tqdm(total=None if c.max_flops else total, initial=start, unit="step", dynamic_ncols=True,
+               disable=distributed.rank > 0 or None)
+    began = time.perf_counter() - seen["seconds"]
+    with interrupts.deferred(), bar:
+        for step, batches in zip(steps, batches_of_steps, strict=True):
+            if c.max_flops and seen["flops"] >= c.max_flops:
+                break
+            if distributed.total([interrupts.asked])[0]:  # one of the ranks is: all stop here
+                run.save(model, optimizer, step, seen)
+                raise KeyboardInterrupt(f"the same command goes on from step {step}")
+            counts, examples, flops = count_step(model, batches, weights)
+            lr = lr_at(step, step + 1, total, c)
+            if c.max_flops:
+                lr = lr_at(seen["flops"], seen["flops"] + flops, int(c.max_flops), c)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, c)
-            ntp = jepa = 0.0
-            for batch in batches:
-                losses = step_losses(batch.to(device, wait=not c.prefetch))
-                total_loss(losses, n_tokens, n_pairs, c.lam, c.gamma).backward()
-                ntp = ntp + losses.ntp_sum.detach() / n_tokens
-                jepa = jepa + losses.jepa_sum.detach() / n_pairs
-            ranks.sum_gradients(weights.values())
-            grad_norm = nn.utils.clip_grad_norm_(weights.values(), c.clip)
-            ntp, jepa = ranks.total([float(ntp), float(jepa)])  # waits for the device
-            if not math.isfinite(float(grad_norm) + ntp + jepa):
-                where = ", ".join(data.train[int(i)].where for i in sampler.indices(step))
-                kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-                raise BadInput(f"step {step + 1}: the loss is {ntp} + {c.lam} * {jepa}, the "
-                               f"gradient's norm {float(grad_norm)}; {kept}; "
-                               f"try a lower --lr, or look at the step's examples: {where}")
+                group["lr"] = lr
+            torch.manual_seed(step_seed(c.seed, step) + distributed.rank)  # of the adapters' dropout
+            means = backward(step_terms, batches, counts, weights, device, wait=not c.prefetch)
+            distributed.sum_gradients(params.values())
+            grad_norm = float(nn.utils.clip_grad_norm_(params.values(), c.clip))  # CPU-GPU sync point
+            means = dict(zip(means, distributed.total([float(mean) for mean in means.values()]), strict=True))
+            check_finite(step, means, grad_norm, saved, (data.train[int(i)].where for i in sampler.indices(step)))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             done = step + 1
-            seen = {"examples": seen["examples"] + n_pairs, "tokens": seen["tokens"] + n_tokens,
+            seen = {"examples": seen["examples"] + examples, "tokens": seen["tokens"] + counts["ntp"],
                     "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
-            if done % c.log_every == 0 or done % every == 0 or done % an_epoch == 0 or done == total:
+            last = done == total or bool(c.max_flops) and seen["flops"] >= c.max_flops
+            row = {"step": done, "epoch": done / an_epoch, **seen}
+            bar.update()
+            if done % c.log_every == 0 or done % every == 0 or done % an_epoch == 0 or last:
                 speed = round((seen["tokens"] - logged["tokens"]) / (seen["seconds"] - logged["seconds"]))
                 logged = seen
-                bar.set_postfix(ntp=f"{ntp:.4f}", jepa=f"{jepa:.4f}")
-                run.write({"step": done, "epoch": done / an_epoch, **seen, "ntp": ntp, "jepa": jepa,
-                           "loss": c.gamma * ntp + c.lam * jepa, "lr": optimizer.param_groups[0]["lr"],
-                           "grad_norm": float(grad_norm), "tokens_per_s": speed})
-            if done % every == 0 or done == total:
+                bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+                loss = sum(weights[name] * mean for name, mean in means.items())
+                run.write(row | means | {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed})
+            if done % an_epoch == 0 and not last and distributed.rank == 0:
+                began += look(c, run, model, tokenizer, data, done // an_epoch, row)
+            if done % every == 0 or last:
                 run.save(model, optimizer, done, seen)
                 saved = done
-    except Interrupted:
-        run.save(model, optimizer, step, seen)
-        raise Interrupted(f"the same command goes on from step {step}") from None
-    finally:
-        interrupts.waits = False
-    interrupts.look()
+    if interrupts.asked:
+        raise KeyboardInterrupt
 
 
 def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
-    device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
-    with ranks.zero_first():
-        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test, c.view2)
+    c = checked(c)
+    device, folder = distributed.join(pick_device(c.device)), Path(c.out)
+    with distributed.zero_first():
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
         announce(data)
         check_databases(data)
         model, tokenizer = make_model(c, data)
-        counts = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, **options)
+        lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-        run = Run(folder, describe_run(c, data, device, limit), writes=ranks.rank == 0)
+        run = Run(folder, describe_run(c, data, device, limit), Config, FORMER, writes=distributed.rank == 0)
     with run:
         if (folder / "eval.json").exists():
-            verify(folder)
             print(f"{folder}: finished before")
             return read_json(folder / "eval.json")
-        fit(c, run, model, tokenizer, data, counts, device)
-        if ranks.rank:
-            return {}
-        return finish(folder, model, tokenizer, data, options, limit)
+        fit(c, run, model, tokenizer, data, lengths, device)
+        return {} if distributed.rank else finish(folder, model, tokenizer, data, c, limit)
 
 
 def main() -> None:
@@ -360,11 +468,10 @@ def main() -> None:
         result = train(c)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or "the same command goes on from the last checkpoint") from None
-    ranks.leave()
-    if ranks.rank:
-        return
-    print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
-    print(table({c.out: result}))
+    distributed.leave()
+    if not distributed.rank:
+        print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
+        print(table({c.out: result}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Faults in one place: what a user did wrong, and how a file is written.
+"""Faults in one place: what a user did wrong, how a file is written, and what a signal does.
 
 Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
@@ -6,8 +6,10 @@ written through `atomic`: a reader sees the old file or the new one, never a hal
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -21,16 +23,17 @@ class BadInput(ValueError):
 @contextlib.contextmanager
 def atomic(path: str | Path):
     """Yield a temporary path beside `path`; it becomes `path` when the block ends, and vanishes when it
-    raises.
+    raises. Raises OSError (full disk, read-only folder); `path` is untouched then.
 
-    The temporary name is fixed, so what a killed process left behind is overwritten by the next one.
-    Raises OSError (full disk, read-only folder); `path` is untouched then.
+    The temporary file has a name of its own and is created exclusively: two processes do not write into one,
+    and no link that stands there is followed.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())  # or the rename could reach the disk before the content does
         os.replace(temporary, path)
     except BaseException:
@@ -47,7 +50,7 @@ def write_text(path: str | Path, text: str) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
@@ -55,6 +58,11 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,47 +75,36 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, at a moment at which all is consistent."""
-
-
 class Interrupts:
-    """A handler of Ctrl-C and SIGTERM: KeyboardInterrupt at once. While `waits` is set, only `asked` is set,
-    and a second one a second later is raised (launchers send the first one twice)."""
+    """A handler of signals: KeyboardInterrupt at once, or, in a block `with interrupts.deferred()`, nothing but
+    `asked`, the signal's number, for the block to look at. There, a second signal a second later does not
+    wait (launchers send the first one twice)."""
     asked, since, waits = 0, 0.0, False
 
     def __call__(self, number: int, _) -> None:
         if not self.asked:
-            self.since = time.monotonic()
-        self.asked = number
+            self.asked, self.since = number, time.monotonic()
         if not self.waits or time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
 
-    def look(self) -> None:
-        if self.asked:
-            raise Interrupted
-
     @contextlib.contextmanager
-    def now(self):
-        """While others wait: a block that can be left anywhere."""
-        self.waits = False
+    def deferred(self):
+        self.waits = True
         try:
-            self.look()
             yield
-        except KeyboardInterrupt:
-            raise Interrupted from None
         finally:
-            self.waits = True
+            self.waits = False
 
 
 interrupts = Interrupts()
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def main_guard():
     """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
-    2; SIGTERM and Ctrl-C are one line and, as shells have it, 128 + the signal."""
-    old = {number: signal.signal(number, interrupts) for number in (signal.SIGINT, signal.SIGTERM)}
+    2; a signal is one line and, as shells have it, 128 + its number."""
+    old = {number: signal.signal(number, interrupts) for number in SIGNALS}
     try:
         yield
     except (BadInput, OSError) as error:

@@ -1,0 +1,155 @@
+"""A dataclass of settings: from it come the flags, their checks, a run's name, and what makes two runs alike.
+
+    @dataclass
+    class Config:
+        lam: float = opt(1.0, "weight of the JEPA loss", group="objective", low=0)
+        k: int = opt(1, "predictor tokens; 0: none", group="objective", low=0, needs="lam")
+
+    c = parse(Config)       # --lam 2 --k 3; "--k has no effect with --lam 0"
+
+A setting is declared once, here and nowhere else. A new one with a default changes nothing about older runs:
+`fill` completes what they have stored.
+"""
+import argparse
+import math
+import re
+from dataclasses import MISSING, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from support.files import BadInput, Parser
+
+
+def opt(default, help: str, group: str = "", needs: str = "", low=None, above=None, below=None,
+        identity: str = "value"):
+    """A field of a dataclass of settings.
+
+    group       heading in --help, and what a program asks for with `in_group`
+    needs       conditions under which it has an effect, all of them: "lam" (is set), "!init_from" (is not),
+                "distance=infonce", "dataset!=*.jsonl" (patterns of fnmatch); "a|b": one of both
+    low, above, below   bounds of a number: value >= low, value > above, value < below
+    identity    what tells two runs apart: its "value"; the "content" of the files that it names; or "nothing",
+                for places and for what changes no result: it may differ when a run is resumed
+    """
+    return field(default=default, metadata={"help": help, "group": group, "needs": needs, "low": low,
+                                            "above": above, "below": below, "identity": identity})
+
+
+def in_group(cls: type, group: str) -> list[str]:
+    return [f.name for f in fields(cls) if f.metadata["group"] == group]
+
+
+def with_identity(cls: type, identity: str) -> list[str]:
+    return [f.name for f in fields(cls) if f.metadata["identity"] == identity]
+
+
+def fill(cls: type, stored: dict, former: dict[str, Any]) -> dict:
+    """The settings of a run of any version: those that it lacks have their defaults, those that are no more
+    (`former`: name -> default) are left out where they have theirs and kept where they do not."""
+    kept = {name: value for name, value in stored.items() if name not in former or value != former[name]}
+    return {f.name: f.default for f in fields(cls)} | kept
+
+
+# ---- from the command line ---------------------------------------------------------------------------------
+
+def parse(cls: type, argv: list[str] | None = None, description: str = "", positional: str = "",
+          tuned: tuple[str, dict] = ("", {})):
+    """An instance of cls from the command line, and the names that were given. `problems` has still to be asked.
+
+    positional  the name of a field that is given without a flag: a list[str] takes one or more
+    tuned       (name, other defaults): they hold where the setting of this name is given
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
+    hints, groups = get_type_hints(cls), {"": parser}
+    for f in fields(cls):
+        hint, extra, meta = hints[f.name], {}, f.metadata
+        if get_origin(hint) is Literal:
+            extra["choices"] = get_args(hint)
+        elif hint == list[str]:
+            extra["nargs"] = "+"
+        elif hint in (bool, bool | None):
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra["type"] = hint
+        if f.name == positional:
+            parser.add_argument(f.name, metavar=f.name.upper(), help=meta["help"], **extra)
+            continue
+        other = f"; with --{tuned[0]} {tuned[1][f.name]}" if f.name in tuned[1] else ""
+        shown = "" if f.default in (None, "", MISSING) else f" (default: {f.default}{other})"
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        groups[meta["group"]].add_argument(f"--{f.name}", help=meta["help"] + shown, **extra)
+    given = vars(parser.parse_args(argv))
+    return cls(**(tuned[1] if given.get(tuned[0]) else {}) | given), set(given)
+
+
+def parse_options(*arguments, **options):
+    """`parse`, checked: BadInput names everything that is wrong, in one line."""
+    config, given = parse(*arguments, **options)
+    raise_problems(problems(config, given))
+    return config
+
+
+def raise_problems(found: list[str]) -> None:
+    if found:
+        raise BadInput("; ".join(found))
+
+
+def holds(condition: str, config) -> bool:
+    """Does one condition of `needs` hold? One on a setting that this program does not have does."""
+    name, operator, pattern = re.fullmatch(r"!?(\w+)(!?=)?(.*)", condition).groups()
+    value = getattr(config, name, None)
+    if not hasattr(config, name):
+        return True
+    if operator:
+        return fnmatchcase(str(value), pattern) == (operator == "=")
+    return bool(value) != condition.startswith("!")
+
+
+def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[str]:  # noqa: B006
+    """Values out of range, and settings without effect among those that are given (None: that are set, and not to
+    their defaults, or tuned ones)."""
+    found = []
+    for f in fields(config):
+        value, meta = getattr(config, f.name), f.metadata
+        is_given = f.name in given if given is not None else value and value != tuned.get(f.name, f.default)
+        if not is_given and value == f.default:
+            continue
+        hint = get_type_hints(type(config))[f.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            found.append(f"--{f.name} {value}: must be one of {', '.join(map(str, get_args(hint)))}")
+        bounds = [(meta["low"], lambda x, y: x >= y, "{} or more"), (meta["above"], lambda x, y: x > y, "above {}"),
+                  (meta["below"], lambda x, y: x < y, "below {}")]
+        bounds = [(bound, test, words) for bound, test, words in bounds if bound is not None]
+        if bounds and not (math.isfinite(value) and all(test(value, bound) for bound, test, _ in bounds)):
+            found.append(f"--{f.name} {value}: must be "
+                         + " and ".join(words.format(bound) for bound, _, words in bounds))
+        for condition in meta["needs"].split() if is_given else ():
+            if not any(holds(either, config) for either in condition.split("|")):
+                name = re.search(r"\w+", condition)[0]
+                blocking = getattr(config, name)
+                why = f"without --{name}" if blocking in ("", None, False) else f"with --{name} {blocking}"
+                found.append(f"--{f.name} has no effect {why}")
+                break
+    return found
+
+
+def run_name(config, tuned: dict) -> str:
+    """The dataset and every other setting that tells runs apart and is not at its default (or tuned one)."""
+    parts = []
+    for f in fields(config):
+        value, identity = getattr(config, f.name), f.metadata["identity"]
+        if identity == "content" and (value != f.default or not parts):
+            parts.append(Path(value).name.removesuffix(".jsonl"))
+        elif identity == "value" and value != tuned.get(f.name, f.default):
+            parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
+    return "-".join(parts)
+
+
+def differences(cls: type, theirs: dict, ours: dict) -> list[str]:
+    """The settings of two runs that tell them apart, as `--name theirs (now ours)`."""
+    alike = {f.name for f in fields(cls) if f.metadata["identity"] != "value"}
+    return [f"--{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
+            if name not in alike and theirs.get(name) != ours.get(name)]
