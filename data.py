@@ -14,11 +14,9 @@
 Pairs are read by tasks/datasets.py, tokenized by support/tokenizer.py.
 Letters: B rows, T tokens in a row, N pairs with views, M labels, k predictor tokens.
 """
-import argparse
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,8 +28,9 @@ from torch import Tensor
 
 from jepa_loss import dense_mask
 from support import distributed
-from support.files import BadInput, Parser, main_guard
+from support.files import BadInput, main_guard
 from support.settings import opt, parse_options
+from support.speed import Shape, pad_to
 from support.tokenizer import FORMATS, Tokenizer, train_bpe
 from tasks.datasets import PUBLISHED, Dataset, Example, dataset_paths, download, read_jsonl
 
@@ -127,7 +126,8 @@ def fit(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len: int, on_
         raise BadInput(f"{examples[0].where}: this and all other examples of its split are longer than the "
                        f"model's context of {max_seq_len} tokens")
     if len(fitting) < len(examples):
-        print(f"dropped {len(examples) - len(fitting)} of {len(examples)} examples: over {max_seq_len} tokens")
+        n = len(examples)
+        print(f"dropped {n - len(fitting)} of {n} examples: over {max_seq_len} tokens")
     return examples[np.array(fitting)], np.array(lengths)
 
 
@@ -258,8 +258,8 @@ def labelled(labels: Tensor) -> Tensor:
 
 
 def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePassBatch:
-    """Loss dropout and lam = 0 take views away. Pads are 0: causal attention and labels keep them out, whatever
-    their id."""
+    """has_views: False where loss dropout or lam = 0 took them away. Pads are 0: causal attention and labels
+    keep them out, whatever their id."""
     def padded(rows: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
         """ids (N, T), and the flat position of each row's last token."""
         if not rows:
@@ -329,41 +329,6 @@ def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int
         n_visible=sum(tree.n_visible() for tree in trees))
 
 
-class Shape(NamedTuple):
-    """What every batch is filled up to, so that a compiled step meets one shape only."""
-    rows: int
-    tokens: int
-    labels: int
-    pairs: int
-
-
-def shape_of(batch: FusedBatch) -> Shape:
-    return Shape(*batch.ids.shape, len(batch.label_at), 0 if batch.pred_at is None else len(batch.pred_at))
-
-
-def pad_to(batch: FusedBatch, shape: Shape) -> FusedBatch:
-    """The same batch, filled up with pads, labels of none, and pairs of one position with itself, whose distance
-    and gradient are 0."""
-    (B, T), (rows, tokens, labels, pairs) = batch.ids.shape, map(max, shape, shape_of(batch))
-
-    def grow(x: Tensor, value: int | Tensor) -> Tensor:  # (B, T) -> (rows, tokens)
-        grown = torch.empty(rows, tokens, dtype=torch.long).copy_(torch.as_tensor(value))
-        grown[:B, :T] = x
-        return grown
-
-    def move(at: Tensor | None, n: int, value: int) -> Tensor:  # flat positions in the new shape, n of them
-        at = torch.zeros(0, dtype=torch.long) if at is None else at // T * tokens + at % T
-        return torch.cat([at, torch.full((n - len(at),), value)])
-
-    own = torch.arange(tokens)
-    return replace(
-        batch, ids=grow(batch.ids, 0), labels=grow(batch.labels, -100), positions=grow(batch.positions, 0),
-        segment=grow(batch.segment, own), parent=grow(batch.parent, own),
-        label_at=move(batch.label_at, labels, tokens - 1),  # the last token of a row has no label
-        main_at=move(batch.main_at, len(batch.main_at), 0),
-        pred_at=move(batch.pred_at, pairs, 0), enc_at=move(batch.enc_at, pairs, 0))
-
-
 def tube_positions(batch: Batch, draws: np.ndarray) -> Tensor:
     """(3, examples), flat: positions s < r < t of each example's main (3 tokens or more), from draws
     (examples, 3), each uniform in [0, 1)."""
@@ -400,8 +365,9 @@ class Sampler:
 
 
 def loss_dropout(n: int, alpha: float, seed: int, step: int) -> np.ndarray:
-    """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the others
-    do (the paper's LD, but per example and not per batch). The generator belongs to (seed, step) alone."""
+    """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the
+    others do (the paper's LD, but per example and not per batch). The generator belongs to (seed, step)
+    alone."""
     return np.random.default_rng([seed, step, 1]).random(n) >= alpha
 
 
@@ -417,32 +383,19 @@ def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
     has_views = loss_dropout(n, c.alpha, c.seed, step) if c.lam else np.zeros(n, dtype=bool)
     draws = np.random.default_rng([c.seed, step, 3]).random((n, 3))
     mine = np.arange(distributed.rank, n, distributed.world)
-    groups = [mine[start:start + (c.micro_batch or n)] for start in range(0, len(mine), c.micro_batch or n)]
-    if c.passes == "three":
-        collate = collate_three
-    else:
-        collate = partial(collate_fused, row_len=c.row_len)
-        if not c.row_len:
-            groups = [part for group in groups for part in (group[has_views[group]], group[~has_views[group]])]
-    batches = []
-    for group in groups:
-        if len(group):
-            batch = collate([views(int(indices[i])) for i in group], has_views[group])
+    size, batches = c.micro_batch or n, []
+    for group in (mine[start:start + size] for start in range(0, len(mine), size)):
+        parts, collate = [group], partial(collate_fused, row_len=c.row_len)
+        if c.passes == "three":
+            collate = collate_three
+        elif not c.row_len:
+            parts = [part for part in (group[has_views[group]], group[~has_views[group]]) if len(part)]
+        for part in parts:
+            batch = collate([views(int(indices[i])) for i in part], has_views[part])
             batch = pad_to(batch, shape) if shape else batch
-            batch.tube_at = tube_positions(batch, draws[group]) if c.stp else None
+            batch.tube_at = tube_positions(batch, draws[part]) if c.stp else None
             batches.append(batch)
     return batches
-
-
-def prefetch(make: Callable[[int], list[Batch]], steps: range) -> Iterator[list[Batch]]:
-    """make(step) for every step; a thread makes the next two while one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        made = deque(pool.submit(make, step) for step in steps[:2])
-        for step in steps:
-            ready = made.popleft().result()
-            if step + 2 in steps:
-                made.append(pool.submit(make, step + 2))
-            yield ready
 
 
 # ---- a look at it ------------------------------------------------------------------------------------------
@@ -468,19 +421,15 @@ def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool 
 
 @dataclass
 class ShowOptions(ViewOptions):
-    name: str = opt("", "a dataset or a .jsonl file")
-    index: int = opt(0, "which training example", low=0)
-    vocab_size: int = opt(512, "of a tokenizer of the train split's own", needs="!init_from", low=256)
-    init_from: str = opt("", "a model folder, for its tokenizer")
-    format: Literal[FORMATS] = opt("auto", "of conversations")
+    command: Literal["show", "download"] = opt("", "print one pair, or fetch a dataset and check it")
+    name: str = opt("", f"{', '.join(PUBLISHED)}; show: or the path of a .jsonl file")
     data_dir: str = opt("data", "where the published files are")
-
-
-@dataclass
-class DownloadOptions:
-    name: Literal[tuple(PUBLISHED)] = opt("", "a dataset")
-    data_dir: str = opt("data", "where to put the files")
-    base_url: str = opt("", "a mirror of the same files")
+    base_url: str = opt("", "a mirror of the published files", needs="command=download")
+    index: int = opt(0, "which training example", low=0, needs="command=show")
+    vocab_size: int = opt(512, "of a tokenizer of the train split's own", low=256,
+                          needs="command=show !init_from")
+    init_from: str = opt("", "a model folder, for its tokenizer", needs="command=show")
+    format: Literal[FORMATS] = opt("auto", "of conversations", needs="command=show")
 
 
 def show(o: ShowOptions) -> None:
@@ -500,14 +449,10 @@ def show(o: ShowOptions) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("show", "download"))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="see `python data.py COMMAND --help`")
-    args = parser.parse_args()
-    if args.command == "show":
-        show(parse_options(ShowOptions, args.options, "Print one pair: tokens, labels, attention.", "name"))
+    o = parse_options(ShowOptions, description=__doc__, positional=("command", "name"))
+    if o.command == "show":
+        show(o)
     else:
-        o = parse_options(DownloadOptions, args.options, "Fetch a published dataset and check it.", "name")
         download(o.name, o.data_dir, o.base_url)
 
 

@@ -41,6 +41,7 @@ from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, write_text
 from support.runs import read_run, run_summary
 from support.settings import opt, parse_options
+from support.tables import table
 from support.tokenizer import FORMATS, Tokenizer
 from tasks.datasets import Dataset, Example, announce, load_dataset
 from tasks.scorers import check_databases, scorer_of
@@ -90,7 +91,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limit
     device, width = model.device, max(map(len, prompts))
     room = [min(limit, model.config.max_seq_len - len(p)) for limit, p in zip(limits, prompts, strict=True)]
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
-    first = torch.tensor([[width - len(p)] for p in prompts], device=device)  # (B, 1) column of the first token
+    first = torch.tensor([[width - len(p)] for p in prompts], device=device)  # (B, 1), its column
     column = torch.arange(width + max(room), device=device)
     cache = KVCache(model.config, len(prompts), len(column), device, model.embed_tokens.weight.dtype)
     i, j = column[:width, None], column[:width]
@@ -164,8 +165,8 @@ def score(examples: list[Example], answers: list[str], stopped: list[bool], leak
 
 
 @torch.inference_mode()
-def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example], o: ViewOptions = DEFAULT_VIEWS,
-             chunk: int = 16) -> float:
+def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
+             o: ViewOptions = DEFAULT_VIEWS, chunk: int = 16) -> float:
     """Next-token loss per target, over all examples."""
     views, total, n = [render_views(e, tokenizer, o) for e in examples], 0.0, 0
     for start in range(0, len(views), chunk):
@@ -224,9 +225,9 @@ def collapse_report(pred: Tensor, enc: Tensor, targets: list[str]) -> dict[str, 
 
 
 def linear_map_error(x: Tensor, y: Tensor) -> float:
-    """Held-out error of a least-squares map x -> y with a constant, relative to predicting the mean of y: 0 if y
-    is a linear function of x, 1 if x says nothing that is linear. Fitted on one half of the pairs, tested on the
-    other, and the other way round. x, y (N, C) with N > 2 C + 2."""
+    """Held-out error of a least-squares map x -> y with a constant, relative to predicting the mean of y: 0
+    if y is a linear function of x, 1 if x says nothing that is linear. Fitted on one half of the pairs,
+    tested on the other, and the other way round. x, y (N, C) with N > 2 C + 2."""
     x, y = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double(), y.double()
     half, errors = len(x) // 2, []
     for train, test in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
@@ -237,10 +238,10 @@ def linear_map_error(x: Tensor, y: Tensor) -> float:
 
 
 def analyse(text: Tensor, pred: Tensor, enc: Tensor, targets: list[str]) -> dict:
-    """What --embeddings shows, of Enc(Text), Pred(Enc(Text)) and Enc(Code), each (N, C): collapse_report as they
-    are and less their means (`_centred`); their spread (root mean square distance from the mean); singular values
-    and rank of Enc(Text) - Enc(Code); the error of the linear map from Enc(Text) to Enc(Code), and of mismatched
-    pairs (None where the pairs are too few to fit one)."""
+    """What --embeddings shows, of Enc(Text), Pred(Enc(Text)) and Enc(Code), each (N, C): collapse_report as
+    they are and less their means (`_centred`); their spread (root mean square distance from the mean);
+    singular values and rank of Enc(Text) - Enc(Code); the error of the linear map from Enc(Text) to
+    Enc(Code), and of mismatched pairs (None where the pairs are too few to fit one)."""
     enough = len(text) > 2 * text.shape[1] + 2
     centred = collapse_report(pred - pred.mean(0), enc - enc.mean(0), targets)
     return collapse_report(pred, enc, targets) | {f"{name}_centred": x for name, x in centred.items()} | {
@@ -285,45 +286,6 @@ def default_max_new_tokens(tokenizer: Tokenizer, train: Sequence[Example]) -> in
     return math.ceil(1.5 * max(len(tokenizer.encode(e.code)) for e in train))
 
 
-SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
-COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
-COLUMNS = (*SHARES, "ntp", *COLLAPSE, *(f"{name}_centred" for name in COLLAPSE), "rank_text", "spread_text",
-           "spread_enc", "rank_difference", "linear_error", "linear_error_shuffled")
-
-
-def markdown(rows: list[tuple]) -> str:
-    """A table of strings, the first row its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def shown(column: str, value: float) -> str:
-    """Shares in percent, the rest as it is."""
-    if column in SHARES or column.startswith("retrieval"):
-        return f"{100 * value:.2f}"
-    return str(value) if column == "n" else f"{value:.2f}" if column.startswith("rank") else f"{value:.4f}"
-
-
-def table(results: dict[str, dict]) -> str:
-    """Markdown: a row per model. A column that none has is left out."""
-    columns = [c for c in (*COLUMNS, "n") if any(r.get(c) is not None for r in results.values())]
-    return markdown([("model", *columns), *(
-        (name, *("-" if r.get(c) is None else shown(c, r[c]) for c in columns))
-        for name, r in results.items())])
-
-
-def brief(result: dict) -> str:
-    """Accuracy, next-token loss and cosines in one line."""
-    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
-    if "ntp" in result:
-        parts.append(f"ntp {result['ntp']:.4f}")
-    if "cos_paired" in result:
-        parts.append(f"cosine {result['cos_paired']:.3f} (mismatched pairs {result['cos_shuffled']:.3f})")
-    return ", ".join(parts)
-
-
 # ---- the program -------------------------------------------------------------------------------------------
 
 @dataclass
@@ -334,11 +296,12 @@ class EvalOptions:
     dataset: str = opt("", "score on this dataset instead of each run's own", needs="!embeddings")
     test_file: str = opt("", "the test split of a dataset of your own", needs="dataset=*.jsonl")
     n_test: int = opt(0, "score on the first N examples", needs="dataset", low=1)
-    on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is", needs="dataset")
+    on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is",
+                                            needs="dataset")
     format: Literal[FORMATS] = opt("auto", "of conversations (default: the run's)", needs="dataset|prompt")
     data_dir: str = opt("", "where the published files are (default: the run's, or data)",
                         needs="!prompt dataset!=*.jsonl")
-    other_data: bool = opt(False, "score on other files than the run's: a run on generated data on the published",
+    other_data: bool = opt(False, "score on other files than the run's: published instead of generated ones",
                            needs="!dataset !prompt !embeddings")
     embeddings: bool = opt(False, "look at the embeddings instead of scoring")
     max_new_tokens: int = opt(0, "longest answer (default: 1.5 times the longest of train)", low=1,
@@ -346,44 +309,49 @@ class EvalOptions:
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
 
 
-def load_model(folder: str | Path, device: str = "auto", format: str = "auto") -> tuple[Transformer, Tokenizer]:
-    """Model, in float32, and tokenizer of a finished run or of a Hugging Face folder."""
-    if (Path(folder) / "run.json").exists() and not (Path(folder) / "eval.json").exists():
+def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
+    """Model, in float32, and tokenizer of a finished run or a Hugging Face folder; what run.json holds, if any.
+    """
+    run = read_run(folder) if Path(folder, "run.json").exists() else {}
+    if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     model = Transformer.from_pretrained(folder, torch.float32)
+    format = run["config"].get("format", "auto") if run and o.format == "auto" else o.format
     tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
-    return model.to(pick_device(device)).eval(), tokenizer
+    return model.to(pick_device(o.device)).eval(), tokenizer, run
 
 
-def view_options(settings: dict) -> ViewOptions:
-    """Those of a run.json; an older one may lack some."""
+def view_options(run: dict) -> ViewOptions:
+    """Those of a run.json, of which an older one may lack some; of a model that is no run: none predicts."""
+    settings = run["config"] if run else {"k": 0}
     return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
 
 
-def load_run(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, Dataset, ViewOptions, dict]:
-    """A finished run: model, tokenizer, its data less what does not fit, view options, run.json."""
-    if not (Path(folder) / "run.json").exists():
-        raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run of train.py")
-    run = read_run(folder)
-    c, views = run["config"], view_options(run["config"])
-    model, tokenizer = load_model(folder, o.device, c["format"])
-    data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"], c["eval_split"],
-                        c["n_test"])
+def load_run_data(folder: str | Path, run: dict, o: EvalOptions) -> tuple[Dataset, bool]:
+    """The data of a run; are they the very files? If not, --other_data must be given."""
+    if not run:
+        raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
+    c = run["config"]
+    data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"],
+                        c["eval_split"], c["n_test"])
+    same = list(data.files.values()) == list(run["files"].values())
     announce(data)
     check_databases(data)
-    if list(data.files.values()) != list(run["files"].values()) and not o.other_data:
+    if not same and not o.other_data:
         raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
                        f"files ({data.source}); --other_data scores on them")
-    fit_splits(data, tokenizer, model.config.max_seq_len, c["on_long"], views)
-    return model, tokenizer, data, views, run
+    return data, same
 
 
 def score_run(folder: str | Path, o: EvalOptions) -> dict:
     """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
-    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere."""
-    model, tokenizer, data, views, run = load_run(folder, o)
-    result, _ = evaluate(model, tokenizer, data, views, o.max_new_tokens or run["max_new_tokens"])
-    same = list(data.files.values()) == list(run["files"].values())
+    gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
+    """
+    model, tokenizer, run = load_model(folder, o)
+    data, same = load_run_data(folder, run, o)
+    fit_splits(data, tokenizer, model.config.max_seq_len, run["config"]["on_long"], view_options(run))
+    limit = o.max_new_tokens or run["max_new_tokens"]
+    result, _ = evaluate(model, tokenizer, data, view_options(run), limit)
     if not o.max_new_tokens and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
         result |= run_summary(Path(folder)) if same else {}
@@ -391,45 +359,44 @@ def score_run(folder: str | Path, o: EvalOptions) -> dict:
     return result
 
 
-def show_embeddings(folder: str, o: EvalOptions) -> dict:
+def score_model(folder: str | Path, o: EvalOptions) -> dict:
+    """Score any model on any dataset; nothing is written into its folder. A run keeps its own views, format
+    and data_dir."""
+    if o.dataset.endswith(".jsonl") and not o.test_file:
+        raise BadInput("a dataset of your own needs --test_file")
+    model, tokenizer, run = load_model(folder, o)
+    data = load_dataset(o.dataset, o.data_dir or run.get("config", {}).get("data_dir", "data"), o.test_file,
+                        n_test=o.n_test, eval_split="valid" if o.dataset == "paraphrase" else "test")
+    announce(data)
+    check_databases(data)
+    data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, view_options(run))
+    limit = o.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
+    return evaluate(model, tokenizer, data, view_options(run), limit)[0]
+
+
+def embed_run(folder: str | Path, o: EvalOptions) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Enc(Text), Pred(Enc(Text)), Enc(Code) of a run's test split, each (N, C), and what the last one embeds."""
+    model, tokenizer, run = load_model(folder, o)
+    data, _ = load_run_data(folder, run, o)
+    views = view_options(run)
+    fit_splits(data, tokenizer, model.config.max_seq_len, run["config"]["on_long"], views)
+    test = list(data.test)
+    pred, enc = embed_pairs(model, tokenizer, test, views)
+    text, _ = embed_pairs(model, tokenizer, test, ViewOptions(k=0, reverse=views.reverse))
+    return text, pred, enc, view_targets(test, views.reverse)
+
+
+def show_embeddings(folder: str | Path, o: EvalOptions) -> dict:
     """`analyse` of a run, on its whole test split; written to embeddings.json in its folder."""
-    model, tokenizer, data, views, _ = load_run(folder, o)
-    text, pred, enc = embed_all(model, tokenizer, data, views)
-    result = analyse(text, pred, enc, view_targets(data.test, views.reverse)) | {"n": len(text)}
+    text, pred, enc, targets = embed_run(folder, o)
+    result = analyse(text, pred, enc, targets) | {"n": len(text)}
     write_text(Path(folder) / "embeddings.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def embed_all(model: Transformer, tokenizer: Tokenizer, data: Dataset, o: ViewOptions) -> tuple[Tensor, ...]:
-    """Enc(Text), Pred(Enc(Text)), Enc(Code) of the test split, each (N, C)."""
-    test = list(data.test)
-    pred, enc = embed_pairs(model, tokenizer, test, o)
-    text, _ = embed_pairs(model, tokenizer, test, ViewOptions(k=0, reverse=o.reverse))
-    return text, pred, enc
-
-
-def score_model(folder: str | Path, o: EvalOptions) -> dict:
-    """Score any model on any dataset; nothing is written into its folder. A run keeps its own views, format
-    and data_dir, a Hugging Face folder has the default ones, with k = 0."""
-    if o.dataset.endswith(".jsonl") and not o.test_file:
-        raise BadInput("a dataset of your own needs --test_file")
-    is_run = (Path(folder) / "run.json").exists()
-    c = read_run(folder)["config"] if is_run else {"k": 0, "data_dir": "data", "format": "auto"}
-    data = load_dataset(o.dataset, o.data_dir or c["data_dir"], o.test_file, n_test=o.n_test,
-                        eval_split="valid" if o.dataset == "paraphrase" else "test")
-    announce(data)
-    check_databases(data)
-    model, tokenizer = load_model(folder, o.device, c["format"] if o.format == "auto" else o.format)
-    data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, view_options(c))
-    limit = o.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-    return evaluate(model, tokenizer, data, view_options(c), limit)[0]
-
-
 def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     """The answer of one model; a run's own limit, format and instruction are its defaults."""
-    run = read_run(folder) if (Path(folder) / "run.json").exists() else {}
-    format = run.get("config", {}).get("format", "auto") if o.format == "auto" else o.format
-    model, tokenizer = load_model(folder, o.device, format)
+    model, tokenizer, run = load_model(folder, o)
     if o.system is not None and "system" not in tokenizer.format.opening:
         raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
     example = Example(o.prompt, "", system=run.get("system", "") if o.system is None else o.system)
@@ -439,7 +406,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
 
 
 def main() -> None:
-    o = parse_options(EvalOptions, description=__doc__, positional="models")
+    o = parse_options(EvalOptions, description=__doc__, positional=("models",))
     if o.prompt:
         for folder in o.models:
             print(answer_prompt(folder, o))

@@ -1,5 +1,5 @@
-"""The paper (LLM-JEPA, arXiv 2509.14252): predict the next token, and predict the embedding of one view of the
-data, Code, from another, Text.
+"""The paper (LLM-JEPA, arXiv 2509.14252): predict the next token, and predict the embedding of one view of
+the data, Code, from another, Text.
 
     L = L_LLM(Text, Code) + lam * d( Pred(Enc(Text)), Enc(Code) )
 
@@ -7,15 +7,16 @@ data, Code, from another, Text.
     gather           Enc(x): the hidden state, after the final norm, of the last token of x, where x is seen
                      alone; Pred: that of the last of k tokens [PRED] that continue Text
     cosine, l2, ...  d
-    three_pass       the terms as the paper writes them: one forward for L_LLM, one for Text [PRED], one for Code
+    three_pass       the terms as the paper writes them: one forward each for L_LLM, Text [PRED] and Code
     fused            the same terms from one forward of one row, where a mask keeps the views apart
 
 But, unlike the paper's text:
 - a term is a sum and a count; sums are divided once per optimizer step, by the counts of the whole step, so
   micro-batches and ranks add up to the big batch;
-- Text is a prefix of "Text, Code", so in the fused pass Enc(Text) costs nothing and [PRED] continues it in place.
+- Text is a prefix of "Text, Code", so in the fused pass Enc(Text) costs nothing, and [PRED] continues it in
+  place.
 
-`model` is any callable `model(ids, positions, mask) -> hidden` with `model.head(hidden) -> logits` (model.py).
+`model` is any callable `model(ids, positions, mask) -> hidden` with `model.head(hidden) -> logits`.
 Letters: B rows, T tokens in a row, C width, V vocabulary, k predictor tokens, N pairs (Text, Code), M labels.
 """
 from collections.abc import Callable
@@ -95,8 +96,8 @@ def stop_gradient(distance: Callable) -> Callable:
 
 
 def tube(hidden: Tensor, at: Tensor) -> Tensor:
-    """Semantic Tube Prediction (arXiv 2602.22617): 1 - cos(h_t - h_r, h_r - h_s), so that the hidden states of
-    a sequence run straight ahead. hidden (B, T, C); at (3, N): flat positions s < r < t -> (N,)."""
+    """Semantic Tube Prediction (arXiv 2602.22617): 1 - cos(h_t - h_r, h_r - h_s), so that the hidden states
+    of a sequence run straight ahead. hidden (B, T, C); at (3, N): flat positions s < r < t -> (N,)."""
     s, r, t = (upcast(gather(hidden, which)) for which in at)
     return 1 - F.cosine_similarity(t - r, r - s, dim=-1)
 

@@ -8,18 +8,17 @@
                                                             folder, or a run; --lora_rank 64: adapters only
     torchrun --nproc_per_node 2 train.py --dataset nlrx_synth   the same losses from two processes
 
-A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: every term of
-the loss, unweighted; `tokens` counts next-token targets only), state.pt (the last checkpoint), and at the end the
-model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same command
-started again goes on where the last one left it, and ends with the same weights, bit for bit on a CPU: nothing in
-a run depends on anything but (seed, step).
-"""
+A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: every term
+of the loss, unweighted; `tokens` counts next-token targets only), state.pt (the last checkpoint), and at the
+end the model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same
+command started again goes on where the last one left it, and ends with the same weights, bit for bit on a
+CPU: nothing in a run depends on anything but (seed, step). """
 import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,9 +29,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Sampler, Shape, ViewOptions, fit_splits, micro_batches, own_tokenizer, prefetch, render_views
-from data import shape_of
-from eval import brief, default_max_new_tokens, evaluate, table
+from data import Sampler, ViewOptions, fit_splits, micro_batches, own_tokenizer, render_views
+from eval import default_max_new_tokens, evaluate
 from jepa_loss import DISTANCES, Terms, dense_mask, flex_mask, fused, stop_gradient, three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
 from support import distributed
@@ -41,8 +39,10 @@ from support.files import BadInput, interrupts, main_guard, read_json, sha256, w
 from support.lora import add_lora, merge_lora
 from support.runs import Run, git_commit, read_run, run_summary, trainable
 from support.settings import fill, opt, parse, problems, raise_problems, run_name
+from support.speed import forward_dtype, largest_shape, prefetch, set_precision
+from support.tables import brief, table
 from support.tokenizer import CARRIED, FORMATS, Tokenizer
-from tasks.datasets import PUBLISHED, Dataset, announce, load_dataset
+from tasks.datasets import PUBLISHED, Dataset, Example, announce, load_dataset
 from tasks.scorers import check_databases
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -59,21 +59,23 @@ class Config(ViewOptions):
 
         loss = gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code)) + stp * Semantic Tube Prediction
     """
-    dataset: str = of_data("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file", identity="content")
-    data_dir: str = of_data("data", "where the published files are", identity="nothing", needs="dataset!=*.jsonl")
+    dataset: str = of_data("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file",
+                           identity="content")
+    data_dir: str = of_data("data", "where the published files are", identity="nothing",
+                            needs="dataset!=*.jsonl")
     test_file: str = of_data("", "the test split of a dataset of your own", identity="nothing",
                           needs="dataset=*.jsonl eval_split=test")
     n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
     n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
-    eval_split: Literal["test", "valid"] = of_data("test", "valid: score on the last tenth of train, held out")
+    eval_split: Literal["test", "valid"] = of_data("test", "valid: score on the last tenth of train, left out")
     on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
-    vocab_size: int = of_data(512, "at most so many byte-level BPE tokens, trained on the train split", low=256,
-                           needs="!init_from")
+    vocab_size: int = of_data(512, "at most so many byte-level BPE tokens, trained on the train split",
+                              low=256, needs="!init_from")
     format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by the tokenizer's special tokens",
                                     needs="init_from")
 
-    init_from: str = of_model("", "begin with the weights of a run, or of a Hugging Face folder of a Llama-style model",
-                          identity="content")
+    init_from: str = of_model("", "begin with the weights of a run, or of a Hugging Face folder of a Llama",
+                              identity="content")
     lora_rank: int = of_model(0, "train adapters of this rank instead of the weights; 0: the weights", low=0,
                           needs="init_from")
     lora_dropout: float = of_model(0.1, "in front of the adapters", low=0, below=1, needs="lora_rank")
@@ -104,8 +106,8 @@ class Config(ViewOptions):
     micro_batch: int = of_optim(0, "examples per forward and backward; 0: the whole batch", low=0,
                              identity="nothing")
     lr: float = of_optim(1e-3, "peak of the learning rate", above=0)
-    warmup: float = of_optim(0.05, "share of the run in which it rises; then it falls to 0 along a cosine", low=0,
-                          below=1)
+    warmup: float = of_optim(0.05, "share of the run in which it rises; then it falls to 0 along a cosine",
+                             low=0, below=1)
     weight_decay: float = of_optim(0.1, "AdamW's, on matrices only", low=0)
     beta1: float = of_optim(0.9, "AdamW's", low=0, below=1)
     beta2: float = of_optim(0.95, "AdamW's", low=0, below=1)
@@ -113,14 +115,14 @@ class Config(ViewOptions):
 
     seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = of_run(
-        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where the processor has it "
-                "natively; tf32: float32 with products of 10 bits, on CUDA")
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where the processor has "
+                "it natively; tf32: float32 with products of 10 bits, on CUDA")
     row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one example a row", low=0,
                        needs="passes=fused")
     attention: Literal["auto", "dense", "flex"] = neutral(
         "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)",
         needs="passes=fused lam|row_len")
-    fixed_shapes: bool | None = neutral(None, "fill packed rows up to one shape (default: if compiled on CUDA)",
+    fixed_shapes: bool | None = neutral(None, "fill packed rows up to one shape (default: on CUDA, compiled)",
                                         needs="row_len passes=fused")
     device: Literal[DEVICES] = neutral("auto", "auto: cuda, then mps, then cpu")
     compile: bool | None = neutral(None, "torch.compile (default: on CUDA only)")
@@ -130,7 +132,7 @@ class Config(ViewOptions):
     checkpoint_every: int = neutral(0, "steps between two checkpoints; 0: an epoch", low=0)
     max_new_tokens: int = of_run(0, "longest answer in evaluation; 0: 1.5 times the longest of train", low=0,
                               needs="dataset!=paraphrase")
-    out: str = neutral("", "run folder (default: runs/, named after the dataset and what is not default)")
+    out: str = neutral("", "run folder (default: runs/, named after the dataset and other settings)")
 
 
 # Other defaults with --init_from: the paper's protocol, and the middle of its learning rates
@@ -164,8 +166,8 @@ def contradictions(c: Config) -> list[str]:
     wrong = {
         f"--device {c.device}: not available here": not device_available(c.device),
         "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp),
-        f"--distance {c.distance} takes its negatives from the whole batch: it needs --batch_size 2 or more, no "
-        "--micro_batch, no --alpha, no --fixed_shapes and one process": whole_batch and (
+        f"--distance {c.distance} takes its negatives from the whole batch: it needs --batch_size 2 or more, "
+        "no --micro_batch, no --alpha, no --fixed_shapes and one process": whole_batch and (
             c.micro_batch or c.alpha or c.batch_size == 1 or distributed.world > 1 or c.fixed_shapes),
         "--dtype tf32 needs CUDA": c.dtype == "tf32" and not on_cuda,
         "--attention flex needs CUDA and --compile: it has no backward elsewhere":
@@ -174,7 +176,8 @@ def contradictions(c: Config) -> list[str]:
             c.dataset.endswith(".jsonl") and c.eval_split == "test" and not c.test_file,
         "paraphrase has no test split: it needs --eval_split valid":
             c.dataset == "paraphrase" and c.eval_split != "valid",
-        f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}": c.micro_batch > c.batch_size}
+        f"--micro_batch {c.micro_batch} is more than --batch_size {c.batch_size}":
+            c.micro_batch > c.batch_size}
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
 
@@ -198,24 +201,6 @@ def model_config(c: Config, vocab_size: int) -> ModelConfig:
 
 def step_seed(seed: int, step: int) -> int:
     return int(np.random.default_rng([seed, step, 2]).integers(2**63))
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Does the processor multiply bfloat16 itself? Emulation is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
-                                        for name in ("avx512_bf16", "amx_bf16"))
-
-
-def forward_dtype(c: Config, device: torch.device) -> str:
-    """--dtype, auto resolved."""
-    return c.dtype if c.dtype != "auto" else "bfloat16" if native_bf16(device) else "float32"
-
-
-def set_precision(dtype: str) -> None:
-    """Whether float32 products may be rounded; the scores of eval.json never come from such ones."""
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
 
 
 class Step(nn.Module):
@@ -256,15 +241,15 @@ def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
 
 
 def lr_at(start: int, end: int, budget: int, c: Config) -> float:
-    """Linear up over the warm-up, then down to 0 along half a cosine, for a step from `start` to `end` of a budget
-    of steps or FLOPs."""
+    """Linear up over the warm-up, then down to 0 along half a cosine, for a step from `start` to `end` of a
+    budget of steps or FLOPs."""
     warmup = max(1, round(c.warmup * budget))
     if start < warmup:
         return c.lr * min(1.0, end / warmup)
     return c.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (start - warmup) / max(1, budget - warmup))))
 
 
-def count_step(model: Transformer, batches: list, weights: dict[str, float]) -> tuple[dict[str, int], int, int]:
+def count_step(model: Transformer, batches: list, weights: dict[str, float]) -> tuple[dict, int, int]:
     """What the sums of a step's terms are divided by, its examples, and the FLOPs it needs, of all ranks."""
     *counts, examples, flops = distributed.total([
         *(sum(b.count(name) for b in batches) for name in weights), sum(b.n_pairs for b in batches),
@@ -282,11 +267,6 @@ def backward(step_terms: Callable, batches: list, counts: dict[str, int], weight
         for name, (sum_, _) in terms.items():
             means[name] = means[name] + sum_.detach() / counts[name]
     return means
-
-
-def largest_shape(make: Callable[[int], list], steps: int) -> Shape:
-    """What the largest batch of these steps needs."""
-    return Shape(*map(max, zip(*(shape_of(batch) for step in range(steps) for batch in make(step)), strict=True)))
 
 
 # ---- before and after the loop -----------------------------------------------------------------------------
@@ -321,12 +301,13 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
         base_run = run_name(Config(**{name: theirs[name] for name in asdict(c)}), {})
     return {"config": asdict(c), "source": data.source, "files": data.files,
             "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
-            "dtype": forward_dtype(c, device), "system": data.train[0].system, "max_new_tokens": max_new_tokens,
-            "device": str(device), "git_commit": git_commit(),
+            "dtype": forward_dtype(c.dtype, device), "system": data.train[0].system,
+            "max_new_tokens": max_new_tokens, "device": str(device), "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
-def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset, c: Config, limit: int) -> dict:
+def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset,
+           limit: int) -> dict:
     """Write the model, adapters merged, and its score on the whole test split; print five answers."""
     set_precision("float32")
     merge_lora(model)
@@ -343,9 +324,10 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-def compile_step(c: Config, model: Transformer, dtype: str, make: Callable, steps: int) -> tuple[Callable, Callable]:
-    """What turns a batch into terms, and what makes the batches of a step: of one shape, where they are compiled
-    for it. steps: among which the largest batch is looked for."""
+def compile_step(c: Config, model: Transformer, dtype: str, make: Callable,
+                 steps: int) -> tuple[Callable, Callable]:
+    """What turns a batch into terms, and what makes the batches of a step: of one shape, where they are
+    compiled for it. steps: among which the largest batch is looked for."""
     on_cuda, shape = model.device.type == "cuda", None
     compiled = on_cuda if c.compile is None else c.compile
     if c.row_len and (compiled and on_cuda if c.fixed_shapes is None else c.fixed_shapes):
@@ -355,21 +337,24 @@ def compile_step(c: Config, model: Transformer, dtype: str, make: Callable, step
             partial(make, shape=shape) if shape else make)
 
 
-def check_finite(step: int, means: dict, grad_norm: float, saved: int, where: Iterable[str]) -> None:
+def check_finite(step: int, means: dict, grad_norm: float, saved: int, examples: Sequence[Example],
+                 sampler: Sampler) -> None:
     """BadInput if a term or the gradient is NaN or infinite."""
     if not math.isfinite(grad_norm + sum(means.values())):
         kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
         terms = ", ".join(f"{name} {mean}" for name, mean in means.items())
-        raise BadInput(f"step {step + 1}: the loss is not finite ({terms}, gradient norm {grad_norm}); {kept}; "
-                       f"try a lower --lr, or look at the step's examples: {', '.join(where)}")
+        where = [examples[int(i)].where for i in sampler.indices(step)]
+        raise BadInput(f"step {step + 1}: the loss is not finite ({terms}, gradient norm {grad_norm}); {kept};"
+                       f" try a lower --lr, or look at the step's examples: {', '.join(where)}")
 
 
-def look(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset, epoch: int, row: dict) -> float:
+def score_epoch(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,
+                row: dict) -> float:
     """Score 200 test items after an epoch; returns the seconds that it took."""
     result, _ = evaluate(model, tokenizer, data, c, run.record["max_new_tokens"], n=200)
     result.pop("items", None)
     run.write(row | {"look": result})
-    tqdm.write(f"epoch {epoch}, {result['n']} {c.eval_split} items: {brief(result)}")
+    tqdm.write(f"epoch {row['epoch']:.0f}, {result['n']} {c.eval_split} items: {brief(result)}")
     return result["seconds"]
 
 
@@ -417,7 +402,7 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
             distributed.sum_gradients(params.values())
             grad_norm = float(nn.utils.clip_grad_norm_(params.values(), c.clip))  # CPU-GPU sync point
             means = dict(zip(means, distributed.total([float(mean) for mean in means.values()]), strict=True))
-            check_finite(step, means, grad_norm, saved, (data.train[int(i)].where for i in sampler.indices(step)))
+            check_finite(step, means, grad_norm, saved, data.train, sampler)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -432,9 +417,10 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
                 logged = seen
                 bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
                 loss = sum(weights[name] * mean for name, mean in means.items())
-                run.write(row | means | {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed})
+                run.write(row | means | {"loss": loss, "lr": lr, "grad_norm": grad_norm,
+                                         "tokens_per_s": speed})
             if done % an_epoch == 0 and not last and distributed.rank == 0:
-                began += look(c, run, model, tokenizer, data, done // an_epoch, row)
+                began += score_epoch(c, run, model, tokenizer, data, row)
             if done % every == 0 or last:
                 run.save(model, optimizer, done, seen)
                 saved = done
@@ -459,7 +445,7 @@ def train(c: Config) -> dict:
             print(f"{folder}: finished before")
             return read_json(folder / "eval.json")
         fit(c, run, model, tokenizer, data, lengths, device)
-        return {} if distributed.rank else finish(folder, model, tokenizer, data, c, limit)
+        return {} if distributed.rank else finish(c, folder, model, tokenizer, data, limit)
 
 
 def main() -> None:

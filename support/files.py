@@ -76,8 +76,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Interrupts:
-    """A handler of signals: KeyboardInterrupt at once, or, in a block `with interrupts.deferred()`, nothing but
-    `asked`, the signal's number, for the block to look at. There, a second signal a second later does not
+    """A handler of signals: KeyboardInterrupt at once, or, in a block `with interrupts.deferred()`, nothing
+    but `asked`, the signal's number, for the block to look at. There, a second signal a second later does not
     wait (launchers send the first one twice)."""
     asked, since, waits = 0, 0.0, False
 
@@ -97,7 +97,8 @@ class Interrupts:
 
 
 interrupts = Interrupts()
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
 
 
 @contextlib.contextmanager

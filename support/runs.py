@@ -1,5 +1,6 @@
-"""A run folder: run.json, which says what the run is; metrics.jsonl; state.pt, the last checkpoint; and at the end
-the model and eval.json. A run goes on only where its settings, data and base model are those of run.json."""
+"""A run folder: run.json, which says what the run is; metrics.jsonl; state.pt, the last checkpoint; and at
+the end the model and eval.json. A run goes on only where its settings, data and base model are those of
+run.json."""
 import json
 import os
 import subprocess
@@ -42,12 +43,13 @@ def read_run(folder: str | Path) -> dict:
 def trained_so_far(folder: Path) -> dict:
     """What the last line of metrics.jsonl says that the training took."""
     rows = read_metrics(folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes())
-    return {name: rows[-1][name] for name in ("step", "examples", "tokens", "flops", "seconds")} if rows else {}
+    names = ("step", "examples", "tokens", "flops", "seconds")
+    return {name: rows[-1][name] for name in names} if rows else {}
 
 
 def run_summary(folder: Path) -> dict:
-    """What a score is compared by: settings, data, versions, and what the training took. No place of this machine
-    is in it: of a path, its last part."""
+    """What a score is compared by: settings, data, versions, and what the training took. No place of this
+    machine is in it: of a path, its last part."""
     run = read_run(folder)
     config = {name: Path(value).name if isinstance(value, str) else value
               for name, value in run["config"].items() if name not in ("out", "data_dir")}
@@ -61,8 +63,8 @@ class Run:
     """An open run folder. The one process that `writes` has it for itself until it ends or closes it."""
 
     def __init__(self, folder: Path, record: dict, settings: type, former: dict, writes: bool = True):
-        """Make the folder and its run.json from the record, or recognise them. BadInput if it is another run's
-        (other settings, data or base model) or in use. settings, former: see settings.fill."""
+        """Make the folder and its run.json from the record, or recognise them. BadInput if it is another
+        run's (other settings, data or base model) or in use. settings, former: see settings.fill."""
         self.folder, self.log, self.last_line = folder, None, b""
         self.settings, self.former = settings, former
         path, new = folder / "run.json", not (folder / "run.json").exists()
@@ -126,8 +128,9 @@ class Run:
         if not self.log:
             return
         os.fsync(self.log.fileno())
-        state = {"config": self.record["config"], "metrics_size": self.log.tell(), "last_line": self.last_line,
-                 "step": step, "seen": seen, "model": trainable(model), "optimizer": optimizer.state_dict()}
+        state = {"config": self.record["config"], "step": step, "seen": seen, "model": trainable(model),
+                 "optimizer": optimizer.state_dict(), "metrics_size": self.log.tell(),
+                 "last_line": self.last_line}
         try:
             with atomic(self.folder / "state.pt") as temporary:
                 torch.save(state, temporary)
@@ -136,40 +139,37 @@ class Run:
                           f"({str(error).splitlines()[0]})") from None
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> tuple[int, dict]:
-        """Load the last checkpoint, if there is one, and cut metrics.jsonl back to it: lines after it are written
-        again. Returns the steps done, and what they took. every: steps between two checkpoints."""
+        """Load the last checkpoint, if there is one, and cut metrics.jsonl back to it: lines after it are
+        written again. Returns the steps done, and what they took. every: steps between two checkpoints."""
         path, metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
-        state = load_state(self.folder, next(model.parameters()).device)
-        if state is None:
+        step, seen, size = 0, {"examples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}, 0
+        state = load_state(self.folder, next(model.parameters()).device) or {}
+        if not state:
             rows = read_metrics(metrics, metrics.read_bytes())
             if rows and rows[-1]["step"] > every:
-                raise BadInput(f"{path}: missing, but {metrics} goes on after the first checkpoint; put it back, "
-                               "or choose another --out")
-            state = {"step": 0, "seen": {"examples": 0, "tokens": 0, "flops": 0, "seconds": 0.0},
-                     "metrics_size": 0}
+                raise BadInput(f"{path}: missing, but {metrics} goes on after the first checkpoint; put it "
+                               "back, or choose another --out")
         else:
             try:
                 theirs = fill(self.settings, state.get("config", self.record["config"]), self.former)
-                if differences(self.settings, theirs, self.record["config"]):
-                    raise KeyError
-                if state["model"].keys() != trainable(model).keys():
+                if (differences(self.settings, theirs, self.record["config"])
+                        or state["model"].keys() != trainable(model).keys()):
                     raise KeyError
                 model.load_state_dict(state["model"], strict=False)  # with LoRA, without the base's weights
                 optimizer.load_state_dict(state["optimizer"])
-                state = {name: state[name] for name in ("step", "seen", "metrics_size", "last_line")
-                         if name != "last_line" or name in state}
+                step, seen, size = state["step"], state["seen"], state["metrics_size"]
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path}: of another run; put its own back, or choose another --out") from None
         if self.log:
             self.log.seek(0)
-            content = self.log.read(state["metrics_size"])
+            content = self.log.read(size)
             self.last_line = state.get("last_line", b"")  # an older version did not keep it
-            if len(content) < state["metrics_size"] or not content.endswith(self.last_line):
-                raise BadInput(f"{metrics}: not as at the last checkpoint; put its own back, or choose another "
-                               "--out")
+            if len(content) < size or not content.endswith(self.last_line):
+                raise BadInput(f"{metrics}: not as at the last checkpoint; put its own back, or choose "
+                               "another --out")
             self.log.truncate(len(content))
             self.log.seek(len(content))
-        return state["step"], state["seen"]
+        return step, seen
 
 
 def read_metrics(path: Path, content: bytes) -> list[dict]:

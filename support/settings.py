@@ -27,10 +27,10 @@ def opt(default, help: str, group: str = "", needs: str = "", low=None, above=No
 
     group       heading in --help, and what a program asks for with `in_group`
     needs       conditions under which it has an effect, all of them: "lam" (is set), "!init_from" (is not),
-                "distance=infonce", "dataset!=*.jsonl" (patterns of fnmatch); "a|b": one of both
+                "distance=infonce", "dataset!=*.jsonl" (patterns of fnmatch); "a|b": one of the two
     low, above, below   bounds of a number: value >= low, value > above, value < below
-    identity    what tells two runs apart: its "value"; the "content" of the files that it names; or "nothing",
-                for places and for what changes no result: it may differ when a run is resumed
+    identity    what tells two runs apart: its "value"; the "content" of the files that it names; "nothing" for
+                places and for what changes no result: it may differ when a run is resumed
     """
     return field(default=default, metadata={"help": help, "group": group, "needs": needs, "low": low,
                                             "above": above, "below": below, "identity": identity})
@@ -53,11 +53,12 @@ def fill(cls: type, stored: dict, former: dict[str, Any]) -> dict:
 
 # ---- from the command line ---------------------------------------------------------------------------------
 
-def parse(cls: type, argv: list[str] | None = None, description: str = "", positional: str = "",
+def parse(cls: type, argv: list[str] | None = None, description: str = "", positional: tuple[str, ...] = (),
           tuned: tuple[str, dict] = ("", {})):
-    """An instance of cls from the command line, and the names that were given. `problems` has still to be asked.
+    """An instance of cls from the command line, and the names that were given. `problems` has still to be
+    asked.
 
-    positional  the name of a field that is given without a flag: a list[str] takes one or more
+    positional  names of fields that are given without a flag: a list[str] takes one or more
     tuned       (name, other defaults): they hold where the setting of this name is given
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,7 +74,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
             extra["action"] = argparse.BooleanOptionalAction
         else:
             extra["type"] = hint
-        if f.name == positional:
+        if f.name in positional:
             parser.add_argument(f.name, metavar=f.name.upper(), help=meta["help"], **extra)
             continue
         other = f"; with --{tuned[0]} {tuned[1][f.name]}" if f.name in tuned[1] else ""
@@ -109,8 +110,8 @@ def holds(condition: str, config) -> bool:
 
 
 def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[str]:  # noqa: B006
-    """Values out of range, and settings without effect among those that are given (None: that are set, and not to
-    their defaults, or tuned ones)."""
+    """Values out of range, and settings without effect among those that are given (None: that are set, and
+    not to their defaults, or tuned ones)."""
     found = []
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
@@ -120,12 +121,12 @@ def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[st
         hint = get_type_hints(type(config))[f.name]
         if get_origin(hint) is Literal and value not in get_args(hint):
             found.append(f"--{f.name} {value}: must be one of {', '.join(map(str, get_args(hint)))}")
-        bounds = [(meta["low"], lambda x, y: x >= y, "{} or more"), (meta["above"], lambda x, y: x > y, "above {}"),
-                  (meta["below"], lambda x, y: x < y, "below {}")]
-        bounds = [(bound, test, words) for bound, test, words in bounds if bound is not None]
-        if bounds and not (math.isfinite(value) and all(test(value, bound) for bound, test, _ in bounds)):
-            found.append(f"--{f.name} {value}: must be "
-                         + " and ".join(words.format(bound) for bound, _, words in bounds))
+        low, above, below = meta["low"], meta["above"], meta["below"]
+        bounds = [words for bound, words in ((low, f"{low} or more"), (above, f"above {above}"),
+                                             (below, f"below {below}")) if bound is not None]
+        if bounds and not (math.isfinite(value) and (low is None or value >= low)
+                           and (above is None or value > above) and (below is None or value < below)):
+            found.append(f"--{f.name} {value}: must be {' and '.join(bounds)}")
         for condition in meta["needs"].split() if is_given else ():
             if not any(holds(either, config) for either in condition.split("|")):
                 name = re.search(r"\w+", condition)[0]

@@ -1,0 +1,83 @@
+"""What keeps a processor busy, and is no part of the method: number types, batches that a thread makes ahead
+of the step, and one shape for all batches, so that a compiled step is compiled once.
+
+A batch is a dataclass of tensors: (B, T) with B rows of T tokens, or flat positions, row * T + column, whose
+names end in _at.
+"""
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Does the processor multiply bfloat16 itself? Emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
+                                        for name in ("avx512_bf16", "amx_bf16"))
+
+
+def forward_dtype(name: str, device: torch.device) -> str:
+    """The number type of the forward; auto: bfloat16 where it is native."""
+    return name if name != "auto" else "bfloat16" if native_bf16(device) else "float32"
+
+
+def set_precision(dtype: str) -> None:
+    """Whether float32 products may be rounded; scores never come from such ones."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
+def prefetch(make: Callable[[int], list], steps: range) -> Iterator[list]:
+    """make(step) for every step; a thread makes the next two while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        made = deque(pool.submit(make, step) for step in steps[:2])
+        for step in steps:
+            ready = made.popleft().result()
+            if step + 2 in steps:
+                made.append(pool.submit(make, step + 2))
+            yield ready
+
+
+class Shape(NamedTuple):
+    rows: int
+    tokens: int
+    labels: int
+    pairs: int
+
+
+def shape_of(batch) -> Shape:
+    return Shape(*batch.ids.shape, len(batch.label_at), 0 if batch.pred_at is None else len(batch.pred_at))
+
+
+def largest_shape(make: Callable[[int], list], steps: int) -> Shape:
+    """What the largest batch of these steps needs."""
+    shapes = [shape_of(batch) for step in range(steps) for batch in make(step)]
+    return Shape(*map(max, zip(*shapes, strict=True)))
+
+
+def pad_to(batch, shape: Shape):
+    """The same data.FusedBatch, filled up with pads, labels of none, and pairs of a position with itself,
+    whose distance and gradient are 0."""
+    (B, T), (rows, tokens, labels, pairs) = batch.ids.shape, map(max, shape, shape_of(batch))
+
+    def grow(x: Tensor, value: int | Tensor) -> Tensor:  # (B, T) -> (rows, tokens)
+        grown = torch.empty(rows, tokens, dtype=torch.long).copy_(torch.as_tensor(value))
+        grown[:B, :T] = x
+        return grown
+
+    def move(at: Tensor | None, n: int, value: int) -> Tensor:  # flat positions in the new shape, n of them
+        at = torch.zeros(0, dtype=torch.long) if at is None else at // T * tokens + at % T
+        return torch.cat([at, torch.full((n - len(at),), value)])
+
+    own = torch.arange(tokens)
+    return replace(
+        batch, ids=grow(batch.ids, 0), labels=grow(batch.labels, -100), positions=grow(batch.positions, 0),
+        segment=grow(batch.segment, own), parent=grow(batch.parent, own),
+        label_at=move(batch.label_at, labels, tokens - 1),  # the last token of a row has no label
+        main_at=move(batch.main_at, len(batch.main_at), 0),
+        pred_at=move(batch.pred_at, pairs, 0), enc_at=move(batch.enc_at, pairs, 0))

@@ -1,0 +1,39 @@
+"""Tables of scores, in Markdown."""
+
+SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
+COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
+COLUMNS = (*SHARES, "ntp", *COLLAPSE, *(f"{name}_centred" for name in COLLAPSE), "rank_text", "spread_text",
+           "spread_enc", "rank_difference", "linear_error", "linear_error_shuffled")
+
+
+def markdown(rows: list[tuple]) -> str:
+    """A table of strings, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def shown(column: str, value: float) -> str:
+    """Shares in percent, the rest as it is."""
+    if column in SHARES or column.startswith("retrieval"):
+        return f"{100 * value:.2f}"
+    return str(value) if column == "n" else f"{value:.2f}" if column.startswith("rank") else f"{value:.4f}"
+
+
+def table(results: dict[str, dict]) -> str:
+    """A row per model. A column that none has is left out."""
+    columns = [c for c in (*COLUMNS, "n") if any(r.get(c) is not None for r in results.values())]
+    return markdown([("model", *columns), *(
+        (name, *("-" if r.get(c) is None else shown(c, r[c]) for c in columns))
+        for name, r in results.items())])
+
+
+def brief(result: dict) -> str:
+    """Accuracy, next-token loss and cosines in one line."""
+    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
+    if "ntp" in result:
+        parts.append(f"ntp {result['ntp']:.4f}")
+    if "cos_paired" in result:
+        parts.append(f"cosine {result['cos_paired']:.3f} (mismatched pairs {result['cos_shuffled']:.3f})")
+    return ", ".join(parts)
