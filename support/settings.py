@@ -72,7 +72,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
         elif hint in (bool, bool | None):
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra["type"] = hint
+            extra["type"] = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
         if f.name == positional:
             parser.add_argument(f.name, metavar=f.name.upper(), help=meta["help"], **extra)
             continue
