@@ -351,7 +351,9 @@ def pad_to(batch: FusedBatch, shape: Shape) -> FusedBatch:
         grown[:B, :T] = x
         return grown
 
-    def move(at: Tensor | None, n: int, value: int) -> Tensor:  # flat positions in the new shape, n of them
+    def move(at: Tensor | None, n: int, value: int) -> Tensor | None:  # flat positions in the new shape, n
+        if at is None and not n:
+            return None
         at = torch.zeros(0, dtype=torch.long) if at is None else at // T * tokens + at % T
         return torch.cat([at, torch.full((n - len(at),), value)])
 
