@@ -160,7 +160,7 @@ def checked(c: Config, given: set[str] | None = None) -> Config:
 def contradictions(c: Config) -> list[str]:
     """What settings that are right by themselves get wrong together."""
     on_cuda = device_available(c.device) and pick_device(c.device).type == "cuda"
-    whole_batch = bool(c.lam) and getattr(DISTANCES[c.distance], "whole_batch", False)
+    whole_batch = bool(c.lam) and getattr(DISTANCES.get(c.distance), "whole_batch", False)
     wrong = {
         f"--device {c.device}: not available here": not device_available(c.device),
         "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp),
