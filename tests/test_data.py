@@ -48,14 +48,15 @@ def test_labels_of_the_ablations():
 
 
 def test_views_that_show_other_texts():
-    """The views show text_view and code_view; what is learnt and answered stays text and code. Reversed, too."""
+    """The views show text_view and code_view; what is learnt and answered stays text and code."""
     other = Example("ab", "xyz", text_view="b", code_view="yx")
     for reverse in (False, True):
         views, = views_of(other, k=0, reverse=reverse)
         assert views.main == MAIN
         assert [views.stem, views.enc] == [[BEGIN, B], [BEGIN, Y, X]][::-1 if reverse else 1]
     only, = views_of(Example("ab", "xyz", text_only=True), ntp_on="code")
-    assert only.main == [BEGIN, A, B, END] and only.labels == [A, B, END, -100] and only.enc == [BEGIN, X, Y, Z]
+    assert (only.main, only.labels) == ([BEGIN, A, B, END], [A, B, END, -100])
+    assert (only.stem, only.enc) == ([BEGIN, A, B], [BEGIN, X, Y, Z])
 
 
 def tree_of(**options):
@@ -115,9 +116,10 @@ def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
         fit(read, tokenizer, longest - 1)
     data = Dataset("f", read, read, "file", {})
     assert fit_splits(data, tokenizer, longest - 1, "drop").tolist() == [lengths[i] for i in (0, 2, 3, 4)]
-    assert [[e.where.rpartition(":")[2] for e in split] for split in (data.train, data.test)] == [[*"1345"]] * 2
+    for split in (data.train, data.test):
+        assert [e.where.rpartition(":")[2] for e in split] == [*"1345"]
     assert capsys.readouterr().out.count("dropped 1 of 5") == 2
-    with pytest.raises(BadInput, match=r"33 tokens, but the model's context is 20"):  # a view can be the longest
+    with pytest.raises(BadInput, match="33 tokens, but the model's context is 20"):  # a view is longer than main
         fit(jsonl(tmp_path / "g.jsonl", [("ab", "x")]), BYTES, 20, "error", ViewOptions(k=30))
     with pytest.raises(BadInput, match="all other examples"):
         fit(read, tokenizer, 3, "drop")
@@ -129,7 +131,8 @@ def test_fused_batch_id_by_id():
     """Two examples, each its row; without views; and both in one row of up to 24 tokens."""
     views = views_of(PAIR, SHORT)
     batch = collate_fused(views, [True, True])
-    assert batch.ids.tolist() == [[*MAIN, P1, BEGIN, X, Y, Z], [BEGIN, A, SEP, X, END, P1, BEGIN, X] + [0] * 5]
+    assert batch.ids.tolist() == [[*MAIN, P1, BEGIN, X, Y, Z],
+                                  [BEGIN, A, SEP, X, END, P1, BEGIN, X] + [0] * 5]
     assert batch.segment[1].tolist() == [0] * 2 + [1] * 3 + [2] + [3] * 2 + [8, 9, 10, 11, 12]  # pads: own
     assert batch.parent[1].tolist() == [0] * 6 + [3] * 2 + [8, 9, 10, 11, 12]
     assert batch.labels[1].tolist() == [A, SEP, X, END] + [-100] * 9
@@ -166,7 +169,8 @@ def test_packing_loses_nothing(lengths, row_len):
 
 def test_segments_are_unique_in_a_row(tokenizer, examples):
     """A segment number is one run of tokens: no pad and no neighbour shares it."""
-    batch = collate_fused([render_views(e, tokenizer) for e in examples], [True, False, True, True, False], 150)
+    views = [render_views(e, tokenizer) for e in examples]
+    batch = collate_fused(views, [True, False, True, True, False], 150)
     assert len(batch.ids) > 1
     for row in batch.segment.tolist():
         changes = [s for i, s in enumerate(row) if i == 0 or row[i - 1] != s]
@@ -258,8 +262,8 @@ def test_rows_with_and_without_views_are_not_padded_to_each_other():
 
 
 def test_ranks_share_a_step(monkeypatch):
-    """Each example is one rank's; the views that loss dropout leaves, and the tube's positions, are those of one
-    process; a rank without examples has no batch."""
+    """Each example is one rank's; the views that loss dropout leaves and the positions of the tube are those
+    of one process; a rank without examples has no batch."""
     examples = [Example("a", code) for code in "vwxyz"]
 
     def drawn(batches):
@@ -280,7 +284,7 @@ def test_ranks_share_a_step(monkeypatch):
 
 
 def test_prefetch():
-    """In order, at most two ahead of the one that is taken; an error goes up where its batch would be taken."""
+    """In order, at most two ahead; an error goes up where its batch would be taken."""
     made = []
 
     def make(step):
@@ -318,8 +322,9 @@ def test_show_command(tmp_path, monkeypatch, capsys):
     show(tmp_path / "a.jsonl", "--k", 2)
     shown = capsys.readouterr().out
     assert "[PRED2]" in shown and "<- enc" in shown
-    for arguments, message in ((["none.jsonl"], "none.jsonl: no such file"), ([tmp_path / "a.jsonl", "--index", 10],
-                               "--index 10: there are 10 training examples")):
+    for arguments, message in (
+            (["none.jsonl"], "none.jsonl: no such file"),
+            ([tmp_path / "a.jsonl", "--index", 10], "--index 10: there are 10 training examples")):
         with pytest.raises(SystemExit) as status:
             show(*arguments)
         assert status.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
