@@ -329,7 +329,7 @@ def brief(result: dict) -> str:
 @dataclass
 class EvalOptions:
     models: list[str] = opt((), "run folders of train.py; with --dataset or --prompt also model folders")
-    prompt: str = opt("", "answer this text instead of scoring", needs="!dataset !embeddings")
+    prompt: str | None = opt(None, "answer this text instead of scoring", needs="!dataset !embeddings")
     system: str | None = opt(None, "the instruction (default: that of the run's data)", needs="prompt")
     dataset: str = opt("", "score on this dataset instead of each run's own", needs="!embeddings")
     test_file: str = opt("", "the test split of a dataset of your own", needs="dataset=*.jsonl")
@@ -427,6 +427,8 @@ def score_model(folder: str | Path, o: EvalOptions) -> dict:
 
 def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     """The answer of one model; a run's own limit, format and instruction are its defaults."""
+    if not o.prompt:
+        raise BadInput("--prompt is empty")
     run = read_run(folder) if (Path(folder) / "run.json").exists() else {}
     format = run.get("config", {}).get("format", "auto") if o.format == "auto" else o.format
     model, tokenizer = load_model(folder, o.device, format)
@@ -440,7 +442,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
 
 def main() -> None:
     o = parse_options(EvalOptions, description=__doc__, positional="models")
-    if o.prompt:
+    if o.prompt is not None:
         for folder in o.models:
             print(answer_prompt(folder, o))
         return
