@@ -1,6 +1,7 @@
 """Shared by the tests: the project's root on the path, where the published data may be, and a tiny model."""
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def pairs(tmp_path_factory):
 def corpus() -> list[tuple[str, str]]:
     """The pairs of the embedded grammar."""
     return generate(10_000)
+
+
+@pytest.fixture(scope="session")
+def small_run(pairs):
+    """The settings of a run of four steps, with a checkpoint after two."""
+    return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
+            "--dim", "16", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "16", "--vocab_size", "300",
+            "--batch_size", "8", "--max_steps", "4", "--checkpoint_every", "2", "--log_every", "1",
+            "--max_new_tokens", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def small_run_once(small_run, tmp_path_factory):
+    import train
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train.train(train.parse_config([*small_run, "--out", str(folder)]))
+    return folder
+
+
+@pytest.fixture
+def finished_run(small_run_once, tmp_path):
+    """A copy of the folder of a finished `small_run`."""
+    return Path(shutil.copytree(small_run_once, tmp_path / "finished"))
 
 
 @pytest.fixture
