@@ -119,7 +119,7 @@ def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
     for split in (data.train, data.test):
         assert [e.where.rpartition(":")[2] for e in split] == [*"1345"]
     assert capsys.readouterr().out.count("dropped 1 of 5") == 2
-    with pytest.raises(BadInput, match="33 tokens, but the model's context is 20"):  # a view is longer than main
+    with pytest.raises(BadInput, match="33 tokens, but the model's context is 20"):  # of a view
         fit(jsonl(tmp_path / "g.jsonl", [("ab", "x")]), BYTES, 20, "error", ViewOptions(k=30))
     with pytest.raises(BadInput, match="all other examples"):
         fit(read, tokenizer, 3, "drop")
