@@ -291,7 +291,7 @@ def default_max_new_tokens(tokenizer: Tokenizer, train: Sequence[Example]) -> in
 @dataclass
 class EvalOptions:
     models: list[str] = opt((), "run folders of train.py; with --dataset or --prompt also model folders")
-    prompt: str = opt("", "answer this text instead of scoring", needs="!dataset !embeddings")
+    prompt: str | None = opt(None, "answer this text instead of scoring", needs="!dataset !embeddings")
     system: str | None = opt(None, "the instruction (default: that of the run's data)", needs="prompt")
     dataset: str = opt("", "score on this dataset instead of each run's own", needs="!embeddings")
     test_file: str = opt("", "the test split of a dataset of your own", needs="dataset=*.jsonl")
@@ -310,8 +310,7 @@ class EvalOptions:
 
 
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
-    """Model, in float32, and tokenizer of a finished run or a Hugging Face folder; what run.json holds, if any.
-    """
+    """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any."""
     run = read_run(folder) if Path(folder, "run.json").exists() else {}
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
@@ -375,7 +374,7 @@ def score_model(folder: str | Path, o: EvalOptions) -> dict:
 
 
 def embed_run(folder: str | Path, o: EvalOptions) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Enc(Text), Pred(Enc(Text)), Enc(Code) of a run's test split, each (N, C), and what the last one embeds."""
+    """Enc(Text), Pred(Enc(Text)), Enc(Code) of a run's test split, each (N, C), and the last one's texts."""
     model, tokenizer, run = load_model(folder, o)
     data, _ = load_run_data(folder, run, o)
     views = view_options(run)
@@ -396,6 +395,8 @@ def show_embeddings(folder: str | Path, o: EvalOptions) -> dict:
 
 def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     """The answer of one model; a run's own limit, format and instruction are its defaults."""
+    if not o.prompt:
+        raise BadInput("--prompt is empty")
     model, tokenizer, run = load_model(folder, o)
     if o.system is not None and "system" not in tokenizer.format.opening:
         raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
@@ -407,7 +408,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
 
 def main() -> None:
     o = parse_options(EvalOptions, description=__doc__, positional=("models",))
-    if o.prompt:
+    if o.prompt is not None:
         for folder in o.models:
             print(answer_prompt(folder, o))
         return

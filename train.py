@@ -67,7 +67,7 @@ class Config(ViewOptions):
                           needs="dataset=*.jsonl eval_split=test")
     n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
     n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
-    eval_split: Literal["test", "valid"] = of_data("test", "valid: score on the last tenth of train, left out")
+    eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
     on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
     vocab_size: int = of_data(512, "at most so many byte-level BPE tokens, trained on the train split",
                               low=256, needs="!init_from")
@@ -162,7 +162,7 @@ def checked(c: Config, given: set[str] | None = None) -> Config:
 def contradictions(c: Config) -> list[str]:
     """What settings that are right by themselves get wrong together."""
     on_cuda = device_available(c.device) and pick_device(c.device).type == "cuda"
-    whole_batch = bool(c.lam) and getattr(DISTANCES[c.distance], "whole_batch", False)
+    whole_batch = bool(c.lam) and getattr(DISTANCES.get(c.distance), "whole_batch", False)
     wrong = {
         f"--device {c.device}: not available here": not device_available(c.device),
         "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp),

@@ -72,7 +72,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def device_available(name: str) -> bool:
-    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(name, lambda: True)()
+    asked = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    return name in DEVICES and asked.get(name, lambda: True)()
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,7 +13,7 @@ A setting is declared once, here and nowhere else. A new one with a default chan
 import argparse
 import math
 import re
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, Field, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -29,8 +29,8 @@ def opt(default, help: str, group: str = "", needs: str = "", low=None, above=No
     needs       conditions under which it has an effect, all of them: "lam" (is set), "!init_from" (is not),
                 "distance=infonce", "dataset!=*.jsonl" (patterns of fnmatch); "a|b": one of the two
     low, above, below   bounds of a number: value >= low, value > above, value < below
-    identity    what tells two runs apart: its "value"; the "content" of the files that it names; "nothing" for
-                places and for what changes no result: it may differ when a run is resumed
+    identity    what tells two runs apart: its "value"; the "content" of the files that it names; "nothing"
+                for places and for what changes no result: it may differ when a run is resumed
     """
     return field(default=default, metadata={"help": help, "group": group, "needs": needs, "low": low,
                                             "above": above, "below": below, "identity": identity})
@@ -73,7 +73,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
         elif hint in (bool, bool | None):
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra["type"] = hint
+            extra["type"] = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
         if f.name in positional:
             parser.add_argument(f.name, metavar=f.name.upper(), help=meta["help"], **extra)
             continue
@@ -109,13 +109,27 @@ def holds(condition: str, config) -> bool:
     return bool(value) != condition.startswith("!")
 
 
+def idle(f: Field, config) -> str:
+    """Why a setting has no effect; empty if it has one."""
+    for condition in f.metadata["needs"].split():
+        if not any(holds(either, config) for either in condition.split("|")):
+            name = re.search(r"\w+", condition)[0]
+            value, default = getattr(config, name), getattr(type(config), name, None)
+            if value in ("", None, False) and not default:
+                return f"without --{name}"
+            shown = "" if value is True else f" {value:g}" if type(value) is float else f" {value}"
+            return f"with --{name}{shown}"
+    return ""
+
+
 def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[str]:  # noqa: B006
-    """Values out of range, and settings without effect among those that are given (None: that are set, and
-    not to their defaults, or tuned ones)."""
+    """Values out of range, and settings without effect among those that are given (None: that are neither at
+    their defaults, or tuned ones, nor switched off)."""
     found = []
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
-        is_given = f.name in given if given is not None else value and value != tuned.get(f.name, f.default)
+        changed = value not in (f.default, tuned.get(f.name, f.default))
+        is_given = f.name in given if given is not None else changed and (value or f.default is True)
         if not is_given and value == f.default:
             continue
         hint = get_type_hints(type(config))[f.name]
@@ -127,24 +141,20 @@ def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[st
         if bounds and not (math.isfinite(value) and (low is None or value >= low)
                            and (above is None or value > above) and (below is None or value < below)):
             found.append(f"--{f.name} {value}: must be {' and '.join(bounds)}")
-        for condition in meta["needs"].split() if is_given else ():
-            if not any(holds(either, config) for either in condition.split("|")):
-                name = re.search(r"\w+", condition)[0]
-                blocking = getattr(config, name)
-                why = f"without --{name}" if blocking in ("", None, False) else f"with --{name} {blocking}"
-                found.append(f"--{f.name} has no effect {why}")
-                break
+        if is_given and idle(f, config):
+            found.append(f"--{f.name} has no effect {idle(f, config)}")
     return found
 
 
 def run_name(config, tuned: dict) -> str:
-    """The dataset and every other setting that tells runs apart and is not at its default (or tuned one)."""
+    """The dataset, the base model, and every other setting that tells runs apart, is not at its default (or
+    tuned one) and has an effect."""
     parts = []
-    for f in fields(config):
+    for f in sorted(fields(config), key=lambda f: f.metadata["identity"] != "content"):
         value, identity = getattr(config, f.name), f.metadata["identity"]
         if identity == "content" and (value != f.default or not parts):
-            parts.append(Path(value).name.removesuffix(".jsonl"))
-        elif identity == "value" and value != tuned.get(f.name, f.default):
+            parts += [f.name.rpartition("_")[2]] * bool(parts) + [Path(value).name.removesuffix(".jsonl")]
+        elif identity == "value" and value != tuned.get(f.name, f.default) and not idle(f, config):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
     return "-".join(parts)
 

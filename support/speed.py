@@ -70,7 +70,9 @@ def pad_to(batch, shape: Shape):
         grown[:B, :T] = x
         return grown
 
-    def move(at: Tensor | None, n: int, value: int) -> Tensor:  # flat positions in the new shape, n of them
+    def move(at: Tensor | None, n: int, value: int) -> Tensor | None:  # n flat positions in the new shape
+        if at is None and not n:
+            return None
         at = torch.zeros(0, dtype=torch.long) if at is None else at // T * tokens + at % T
         return torch.cat([at, torch.full((n - len(at),), value)])
 

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import score_run, table  # noqa: E402
+from eval import score_run
+from support.tables import table  # noqa: E402
 
 SEEDS = (82, 23, 37)
 

@@ -1,6 +1,7 @@
 """Shared by the tests: the project's root on the path, where the published data may be, and a tiny model."""
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-from data import Example, read_jsonl  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from support import tokenizer as tokenizer_module  # noqa: E402
 from support.tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
+from tasks.datasets import Example, read_jsonl  # noqa: E402
+from tasks.nlrx import generate  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
          ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),
@@ -49,6 +51,35 @@ def pairs(tmp_path_factory):
     for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[tuple[str, str]]:
+    """The pairs of the embedded grammar."""
+    return generate(10_000)
+
+
+@pytest.fixture(scope="session")
+def small_run(pairs):
+    """The settings of a run of four steps, with a checkpoint after two."""
+    return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
+            "--dim", "16", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "16", "--vocab_size", "300",
+            "--batch_size", "8", "--max_steps", "4", "--checkpoint_every", "2", "--log_every", "1",
+            "--max_new_tokens", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def small_run_once(small_run, tmp_path_factory):
+    import train
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train.train(train.parse_config([*small_run, "--out", str(folder)]))
+    return folder
+
+
+@pytest.fixture
+def finished_run(small_run_once, tmp_path):
+    """A copy of the folder of a finished `small_run`."""
+    return Path(shutil.copytree(small_run_once, tmp_path / "finished"))
 
 
 @pytest.fixture

@@ -1,52 +1,14 @@
-"""embeddings.py: numbers whose answer is known, and the pictures of small runs."""
+"""The pictures of small runs."""
 import json
 import sys
 
 import pytest
-import torch
 from test_train import argv  # noqa: F401 (a fixture)
 
 import eval
 import train
-from experiments.plots import analyse, curves, linear_map_error
+from experiments.plots import curves
 from support.files import BadInput
-
-
-def test_error_of_a_linear_map():
-    """Nothing for an affine function, little more than the noise's share with noise, 1 and more for
-    strangers."""
-    g = torch.Generator().manual_seed(0)
-    x, matrix = torch.randn(2000, 16, generator=g), torch.randn(16, 16, generator=g)
-    y = x @ matrix + 5
-    assert linear_map_error(x, y) < 1e-9
-    noise = torch.randn(2000, 16, generator=g) * y.std(0)
-    assert linear_map_error(x, y + noise) == pytest.approx(0.5, abs=0.03)
-    assert 1 < linear_map_error(x, y.roll(-1, 0)) < 1.1
-    collapsed = x[:1] + 1e-3 * x[:, :2] @ torch.randn(2, 16, generator=g)  # two directions are left
-    assert linear_map_error(collapsed, y) == pytest.approx(14 / 16, abs=0.15)
-
-
-def test_analysis_of_a_constant_shift():
-    """Enc(Code) = Enc(Text) + c: one singular value, rank 1, a perfect linear map."""
-    g = torch.Generator().manual_seed(0)
-    text = torch.randn(100, 8, generator=g)
-    found = analyse(text, text, text + 2, [str(i) for i in range(100)])
-    assert found["singular_values"][0] == pytest.approx(2 * (100 * 8) ** 0.5, rel=1e-5)
-    assert found["singular_values"][1] < 1e-4 and found["rank_difference"] == pytest.approx(1, abs=1e-3)
-    assert found["linear_error"] < 1e-9 and found["linear_error_shuffled"] > 0.9
-    assert found["spread_text"] == pytest.approx(found["spread_enc"]) == pytest.approx(8**0.5, rel=0.1)
-    few = analyse(text[:18], text[:18], text[:18] + 2, ["x"] * 18)  # to fit a map of width 8
-    assert few["linear_error"] is few["linear_error_shuffled"] is None and few["rank_difference"] < 1.01
-
-
-def test_centred_columns_see_through_a_constant():
-    """A large vector that all share hides rank, cosine and neighbours from the plain columns alone."""
-    g = torch.Generator().manual_seed(0)
-    x, shared = torch.randn(100, 8, generator=g), torch.full((8,), 1e4)
-    found = analyse(x, x + shared, x + shared, [str(i) for i in range(100)])
-    assert found["rank_enc"] < 1.01 and found["rank_enc_centred"] > 7.5 and found["rank_text"] > 7.5
-    assert found["cos_shuffled"] > 0.999 and abs(found["cos_shuffled_centred"]) < 0.2
-    assert found["cos_paired_centred"] == pytest.approx(1, abs=1e-3) and found["retrieval_at_1_centred"] == 1
 
 
 @pytest.fixture

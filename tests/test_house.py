@@ -1,0 +1,55 @@
+"""The house: which files there are, and that imports go down only."""
+import ast
+
+import pytest
+from conftest import ROOT
+
+LOW = {"support", "tasks"}
+MAY_IMPORT = {  # who may import whom, of what is ours; nobody imports experiments
+    "support": {"support"}, "tasks": LOW, "jepa_loss": set(), "model": {"support"},
+    "data": LOW | {"jepa_loss"},
+    "eval": LOW | {"jepa_loss", "model", "data"}, "train": LOW | {"jepa_loss", "model", "data", "eval"},
+    "experiments": LOW | {"jepa_loss", "model", "data", "eval", "train", "experiments"}}
+
+
+def imported(path) -> set[str]:
+    """The first names of all that a file imports, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(path.parent.name if node.level else node.module.partition(".")[0])
+    return names
+
+
+def wrong_arrows(root) -> list[str]:
+    arrows = []
+    for path in sorted([*root.glob("*.py"), *root.glob("support/**/*.py"), *root.glob("tasks/**/*.py"),
+                        *root.glob("experiments/**/*.py")]):
+        who = path.relative_to(root).parts[0].removesuffix(".py")
+        arrows += [f"{path.relative_to(root)} -> {name}"
+                   for name in sorted(imported(path) & MAY_IMPORT.keys() - MAY_IMPORT[who])]
+    return arrows
+
+
+def test_imports_go_down_only():
+    assert wrong_arrows(ROOT) == []
+
+
+def test_five_files_are_the_method():
+    files = {path.name for path in ROOT.glob("*.py")}
+    assert files == {"model.py", "jepa_loss.py", "data.py", "eval.py", "train.py"}
+
+
+@pytest.mark.parametrize("file,line,arrow", [
+    ("jepa_loss.py", "from support.files import BadInput", "support"),
+    ("data.py", "def f():\n    import model as m", "model"), ("eval.py", "import json, train", "train"),
+    ("support/files.py", "from tasks import nlrx", "tasks"), ("tasks/x.py", "import model", "model"),
+    ("train.py", "from experiments import plots", "experiments")])
+def test_an_arrow_that_goes_up_is_named(tmp_path, file, line, arrow):
+    for folder in ("support", "tasks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "experiments.py").write_text("import train, numpy.data\nfrom support.files import BadInput")
+    (tmp_path / file).write_text(line)
+    assert wrong_arrows(tmp_path) == [f"{file} -> {arrow}"]

@@ -1,0 +1,258 @@
+"""support/settings.py: flags, checks, names; and that a new setting changes nothing about an older run."""
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+import eval
+import train
+from support.files import BadInput
+from support.settings import differences, fill, holds, in_group, opt, parse, parse_options, problems, run_name
+from support.settings import with_identity
+
+# ---- a dataclass of settings -------------------------------------------------------------------------------
+
+@dataclass
+class Settings:
+    steps: int = opt(3, "how many", low=1, group="length")
+    data: str = opt("synth", "a name or a path", identity="content")
+    base_from: str = opt("", "a folder", identity="content")
+    lam: float = opt(1.0, "weight", low=0, group="loss")
+    k: int = opt(1, "tokens", low=0, needs="lam", group="loss")
+    distance: Literal["cosine", "infonce"] = opt("cosine", "d", needs="lam", group="loss")
+    heat: float = opt(0.5, "of infonce", above=0, below=2, needs="lam distance=infonce", group="loss")
+    ends: bool = opt(True, "of labels", needs="lam|steps")
+    scratch: int = opt(0, "only from scratch", needs="!base_from")
+    test: str = opt("", "a file", needs="data=*.jsonl", identity="nothing")
+    seed: int = opt(0, "of all", low=0, below=2**63)
+    compile: bool | None = opt(None, "or by the device", identity="nothing")
+    system: str | None = opt(None, "an instruction")
+
+
+TUNED = {"lam": 0.1, "steps": 4}
+
+
+def settings(flags: str, tuned: bool = True):
+    return parse(Settings, flags.split(), tuned=("base_from", TUNED) if tuned else ("", {}))
+
+
+def test_flags():
+    """Types, switches, a third state where nothing was said, and defaults that another setting tunes."""
+    c, given = settings("--steps 5 --lam 2 --no-ends --distance infonce --data a/b.jsonl")
+    assert c == Settings(steps=5, lam=2.0, ends=False, distance="infonce", data="a/b.jsonl")
+    assert given == {"steps", "lam", "ends", "distance", "data"} and c.compile is c.system is None
+    c, _ = settings("--compile --system x")
+    assert c.compile is True and c.system == "x"
+    assert settings("--no-compile")[0].compile is False
+    c, _ = settings("--base_from f --steps 7")
+    assert (c.lam, c.steps) == (0.1, 7)
+    with pytest.raises(BadInput, match="argument --distance: invalid choice: 'l3'"):
+        settings("--distance l3")
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--nonsense 1", "unrecognized arguments: --nonsense 1; see --help"),
+    ("--step 4", "unrecognized arguments: --step 4; see --help"),  # no guessing at abbreviations
+    ("--lam fast", "argument --lam: invalid float value: 'fast'; see --help"),
+    ("--lam 1 2", "unrecognized arguments: 2; see --help"),
+    ("--steps 0", "--steps 0: must be 1 or more"),
+    ("--lam -1", "--lam -1.0: must be 0 or more"),
+    ("--lam nan", "--lam nan: must be 0 or more"),
+    ("--lam inf", "--lam inf: must be 0 or more"),
+    ("--heat 2 --distance infonce", "--heat 2.0: must be above 0 and below 2"),
+    (f"--seed {2**64}", f"--seed {2**64}: must be 0 or more and below {2**63}"),
+    ("--heat 1", "--heat has no effect with --distance cosine"),
+    ("--k 3 --distance infonce --lam 0",
+     "--k has no effect with --lam 0; --distance has no effect with --lam 0"),
+    ("--scratch 1 --base_from x", "--scratch has no effect with --base_from x"),
+    ("--test x", "--test has no effect with --data synth"),
+    # named, and so refused, though each is at its default
+    ("--k 1 --lam 0", "--k has no effect with --lam 0"),
+    ("--steps 0 --heat 0 --lam 0", "--steps 0: must be 1 or more; --heat 0.0: must be above 0 and below 2; "
+                                   "--heat has no effect with --lam 0")])
+def test_all_that_is_wrong_is_one_line(flags, message):
+    with pytest.raises(BadInput) as error:
+        parse_options(Settings, flags.split())
+    assert str(error.value) == message
+
+
+def test_conditions():
+    c = Settings(data="a.jsonl", base_from="f", lam=0.0)
+    for condition, expected in (("base_from", True), ("!base_from", False), ("lam", False), ("!lam", True),
+                                ("data=*.jsonl", True), ("data!=*.jsonl", False), ("distance=cosine", True),
+                                ("distance=infonce", False), ("distance!=infonce", True), ("compile", False),
+                                ("of_another_program", True), ("!of_another_program", True)):
+        assert holds(condition, c) == expected, condition
+    for lam, steps, expected in ((0.0, 0, 1), (1.0, 0, 0), (0.0, 1, 0)):  # "lam|steps"
+        assert sum("ends" in p for p in problems(Settings(lam=lam, steps=steps), {"ends"})) == expected
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        settings("--help")
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in Settings.__dataclass_fields__) and "\nloss:" in shown
+    assert "(default: 3; with --base_from 4)" in shown and "(default: None" not in shown
+
+
+def test_values_of_python_callers():
+    """Values that are neither defaults nor tuned ones count as given, unless they switch something off."""
+    assert problems(Settings(k=2, lam=0.0)) == ["--k has no effect with --lam 0"]
+    assert problems(Settings(distance="l3", steps=-1)) == [
+        "--steps -1: must be 1 or more", "--distance l3: must be one of cosine, infonce"]
+    assert problems(Settings(ends=False, lam=0.0, steps=0))[-1] == "--ends has no effect with --lam 0"
+    assert problems(Settings(k=0, lam=0.0)) == problems(Settings(base_from="f", **TUNED), tuned=TUNED) == []
+
+
+def test_names_and_groups():
+    for options, name in ((dict(), "synth"), (dict(data="a/b.c.jsonl", k=2), "b.c-k2"),
+                          (dict(base_from="a/f/", lam=2.0, steps=4), "synth-from-f-lam2"),
+                          (dict(lam=0.0, k=0), "synth-lam0"),  # what has no effect is not told
+                          (dict(compile=True, test="x", ends=False, seed=1), "synth-endsFalse-seed1")):
+        c = Settings(**options)
+        assert run_name(c, TUNED if c.base_from else {}) == name
+    assert in_group(Settings, "loss") == ["lam", "k", "distance", "heat"]
+    assert with_identity(Settings, "nothing") == ["test", "compile"]
+
+
+def test_settings_of_other_versions():
+    """What an older run lacks has its default; what is no more is left out at its default, and else is a
+    difference, as is what only a newer version knows."""
+    stored, former = {"lam": 2.0, "objective": "jepa", "compile": True}, {"objective": "jepa"}
+    filled = fill(Settings, stored, former)
+    assert filled == vars(Settings(lam=2.0, compile=True))
+    assert differences(Settings, filled, vars(Settings(lam=2.0, test="x", data="other"))) == []
+    assert differences(Settings, filled, vars(Settings(k=2))) == ["--lam 2.0 (now 1.0)", "--k 1 (now 2)"]
+    for more in ({"objective": "stp"}, {"newer": "stp"}):
+        found = differences(Settings, fill(Settings, stored | more, former), vars(Settings(lam=2.0)))
+        assert found == [f"--{[*more][0]} stp (now None)"]
+
+
+# ---- those of train.py -------------------------------------------------------------------------------------
+
+CONTRADICTIONS = [
+    "--lam 0 --k 3 --alpha 0.5", "--lam 0 --gamma 0", "--lam -1 --lr 0", "--seed -1",
+    "--gamma 0 --no-train_eos", "--gamma 0 --ntp_on code", "--k 0 --pred_first", "--temperature 0.1",
+    "--distance infonce --micro_batch 4", "--distance infonce --batch_size 1 --alpha 0.5",
+    "--distance infonce --fixed_shapes --row_len 9", "--fixed_shapes", "--passes three --row_len 9",
+    "--lam 0 --attention dense", "--device cpu --attention flex", "--device cpu --dtype tf32",
+    "--dataset x.jsonl", "--dataset x.jsonl --data_dir y", "--test_file x.jsonl",
+    "--dataset x.jsonl --eval_split valid --test_file y", "--dataset paraphrase",
+    "--dataset paraphrase --eval_split valid --max_new_tokens 5", "--batch_size 4 --micro_batch 8",
+    "--max_flops 1e9 --max_steps 3", "--lora_rank 4", "--init_from x --dim 64 --vocab_size 600",
+    "--dim 30 --n_heads 4", "--n_kv_heads 3"]
+
+
+@pytest.mark.parametrize("flags", CONTRADICTIONS)
+def test_python_callers_are_refused_what_the_program_refuses(flags, tmp_path):
+    """With the same words, and before any work: nothing is written."""
+    config, _ = parse(train.Config, flags.split(), tuned=("init_from", train.FINE_TUNING))
+    config.out = str(tmp_path / "run")
+    messages = []
+    for call in (lambda: train.parse_config(flags.split()), lambda: train.train(config)):
+        with pytest.raises(BadInput) as error:
+            call()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "\n" not in messages[0] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(distance="l3"), "--distance l3: must be one of cosine, l2, mse, infonce"),
+    (dict(device="tpu"), "--device tpu: must be one of auto, cpu, cuda, mps"),
+    (dict(preset="x", passes="two"), "--preset x: must be one of .*; --passes two: must be one of"),
+    (dict(lam=float("nan")), "--lam nan: must be 0 or more"),
+    # no contradictions: the settings are taken, and the folder is looked for
+    (dict(init_from="nowhere", max_flops=1e9), "--init_from nowhere: no such folder"),
+    (dict(init_from="nowhere", lam=0.0, k=0, batch_size=16), "--init_from nowhere: no such folder")])
+def test_values_that_only_python_callers_can_give(options, message, pairs):
+    """An unknown distance was a KeyError; default epochs were refused beside init_from and max_flops."""
+    if "init_from" in options:
+        options = options | {"dataset": str(pairs / "train.jsonl"), "eval_split": "valid"}
+    with pytest.raises(BadInput, match=message):
+        train.train(train.Config(**options))
+
+
+# ---- older runs --------------------------------------------------------------------------------------------
+
+@dataclass
+class NewConfig(train.Config):
+    """train.Config of a version to come."""
+    colour: Literal["blue", "red"] = opt("blue", "of a new idea", group="objective", needs="lam")
+    shade: float = opt(0.5, "of it, in groups and checks as any other", needs="colour=red", low=0)
+
+
+def make_older(folder, without, state_keys):
+    """Rewrite a run folder as an older version would have left it."""
+    record = json.loads((folder / "run.json").read_text())
+    for name in without:
+        del record["config"][name]
+    record["config"] |= {"view2": "", "match_flops": "", "objective": "jepa"}
+    record |= {"version": 1, "budget": None, "init_run": ""}
+    (folder / "run.json").write_text(json.dumps(record))
+    state = torch.load(folder / "state.pt", weights_only=True)
+    state["config"] = dict(record["config"])
+    state |= {"run": "0" * 64, "metrics": "0" * 64}
+    torch.save({name: state[name] for name in state_keys}, folder / "state.pt")
+
+
+OLDER = ("run", "metrics", "metrics_size", "step", "seen", "model", "optimizer")
+
+
+@pytest.fixture
+def interrupted_run(small_run, tmp_path, monkeypatch):
+    """The settings of a run that died after the checkpoint of its second step, and its folder."""
+    argv, step_seed = [*small_run, "--out", str(tmp_path / "run")], train.step_seed
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def dies(seed, step):
+            if step == 3:
+                raise KeyboardInterrupt
+            return step_seed(seed, step)
+        patch.setattr(train, "step_seed", dies)
+        train.train(train.parse_config(argv))
+    return argv, tmp_path / "run"
+
+
+@pytest.mark.parametrize("without,state_keys", [((), ("config", *OLDER[2:], "last_line")),
+                                                (("stp", "max_flops", "beta1"), OLDER)])
+def test_a_new_setting_changes_nothing_about_an_older_run(interrupted_run, finished_run, monkeypatch, capsys,
+                                                          without, state_keys):
+    """It resumes and ends with the same weights, scores again, and shows its result; entries of former
+    versions in run.json and state.pt do not disturb."""
+    argv, folder = interrupted_run
+    make_older(folder, without, state_keys)
+    monkeypatch.setattr(train, "Config", NewConfig)
+    capsys.readouterr()
+    result = train.train(train.parse_config(argv))
+    assert ", from step 2\n" in capsys.readouterr().out
+    ours, theirs = (torch.load(path / "state.pt", weights_only=True)["model"]
+                    for path in (folder, finished_run))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    again = eval.score_run(folder, eval.EvalOptions())
+    assert again == result | {"seconds": again["seconds"]}
+    assert train.train(train.parse_config(argv)) == json.loads((folder / "eval.json").read_text())
+    assert "finished before" in capsys.readouterr().out
+    c = train.parse_config([*argv, "--colour", "red"])
+    with pytest.raises(BadInput, match="holds a run with --colour blue .now red.; choose another --out"):
+        train.train(c)
+
+
+@pytest.mark.parametrize("name,value", [("objective", "stp"), ("of_the_future", 1), ("lr", 0.5)])
+def test_a_run_with_other_settings_is_refused(interrupted_run, name, value):
+    """Those that are no more and those that are not yet known, too; state.pt's as well as run.json's."""
+    argv, folder = interrupted_run
+    c, record = train.parse_config(argv), (folder / "run.json").read_text()
+    changed = json.loads(record)
+    changed["config"][name] = value
+    (folder / "run.json").write_text(json.dumps(changed))
+    with pytest.raises(BadInput, match=f"holds a run with --{name} {value} "):
+        train.train(c)
+    (folder / "run.json").write_text(record)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    state["config"][name] = value
+    torch.save(state, folder / "state.pt")
+    with pytest.raises(BadInput, match="state.pt: of another run"):
+        train.train(c)
