@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Dataset, Example, Examples, Views, render_views
+from data import Views, render_views
 from support.files import BadInput
 from jepa_loss import dense_mask
 from support.tokenizer import Tokenizer
+from tasks.datasets import Dataset, Example, Examples
 
 # ---- what fits ---------------------------------------------------------------------------------------------
 

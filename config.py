@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from support import distributed as ranks
-from data import PUBLISHED
 from support.files import BadInput, Parser
 from jepa_loss import DISTANCES
 from model import DEVICES, PRESETS, ModelConfig, device_available, pick_device
 from support.tokenizer import FORMATS
+from tasks.datasets import PUBLISHED
 
 
 def opt(default, help: str):
@@ -25,7 +25,6 @@ class Config:
     dataset: str = opt("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file")
     data_dir: str = opt("data", "where the published files are")
     test_file: str = opt("", "the test split of a dataset of your own")
-    view2: str = opt("", "a file with other texts for the codes of train, line by line: the view to predict")
     n_train: int = opt(0, "train on the first N examples; 0: all")
     n_test: int = opt(0, "score on the first N examples; 0: all")
     eval_split: Literal["test", "valid"] = opt("test", "valid: score on the last tenth of train, held out")
@@ -121,7 +120,7 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> Config
     return config
 
 
-OF_VIEWS = ("view2", "k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first",
+OF_VIEWS = ("k", "distance", "temperature", "stop_gradient", "passes", "alpha", "pred_first",
             "reverse")
 
 
@@ -209,7 +208,7 @@ def describe(c: Config) -> str:
             continue
         if f.name == "k" and (not c.lam or c.objective == "stp"):
             continue
-        if f.name in ("init_from", "match_flops", "view2"):
+        if f.name in ("init_from", "match_flops"):
             parts.extend([f.name.removeprefix("init_"), Path(value).name] if value else [])
         elif value != (FINE_TUNING if c.init_from else {}).get(f.name, f.default):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))

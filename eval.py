@@ -34,13 +34,14 @@ import torch
 
 from batches import collate_three, fit_splits, fitting
 from config import Config
-from data import Dataset, Example, announce, load_dataset, render_prompt, render_views
+from data import render_prompt, render_views
 from experiments.plots import analyse, embed_pairs, plot, plotting, targets
 from support.files import BadInput, Parser, main_guard, write_text
 from jepa_loss import collapse_report, ntp
 from model import DEVICES, KVCache, Transformer, pick_device
 from experiments.compare import arms_of, caption, compare, comparison, read_result, table
 from support.runs import read_run, summary, verify
+from tasks.datasets import Dataset, Example, announce, load_dataset
 from tasks.scorers import check_databases, scorer_of
 from support.tokenizer import FORMATS, Tokenizer
 
@@ -142,7 +143,7 @@ def score(examples: list[Example], answers: list[str], stopped: list[bool], seen
     more = {"exact_unseen": sum(unseen) / len(unseen) if unseen else None}
     if scorer is not None:
         column, right = scorer
-        verdicts = [right(answer, e) for e, answer in pairs]
+        verdicts = [right(answer, e.text, e.code) for e, answer in pairs]
         items[column], more["undecided"] = [verdict is True for verdict in verdicts], verdicts.count(None)
     return {**{name: sum(flags) / n for name, flags in items.items()}, **more,
             "items": {name: to_hex(flags) for name, flags in items.items()}}
@@ -188,7 +189,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, view_optio
     else:
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
-        result = score(test, answers, stopped, data.seen, scorer_of(data.name, data.folder))
+        result = score(test, answers, stopped, data.leaked, scorer_of(data.name, data.folder))
     sample = test[:COLLAPSE_ITEMS]
     if len(sample) > 1:
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, **view_options),
@@ -241,7 +242,7 @@ def reopen(folder: str | Path, data_dir: str | None, other_data: bool,
     c = run["config"]
     model, tokenizer = load_model(folder, device, c["format"])
     data = load_dataset(c["dataset"], data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"], c["n_test"], c["view2"])
+                        c["eval_split"], c["n_test"])
     announce(data)
     check_databases(data)
     same = list(data.files.values()) == list(run["files"].values())

@@ -34,13 +34,14 @@ from support import distributed as ranks
 from batches import Rendered, Sampler, Shape, ahead, collate_fused, collate_three, fit_splits, loss_dropout
 from batches import pack, tube_positions
 from config import Config, describe, model_config, parse_config
-from data import Dataset, announce, load_dataset, own_tokenizer
+from data import own_tokenizer
 from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
-from support.files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
+from support.files import BadInput, Interrupted, interrupts, main_guard, read_json
+from support.files import sha256, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
 from jepa_loss import total_loss
 from model import Transformer, pick_device
-from tasks.datasets import sha256
+from tasks.datasets import Dataset, announce, load_dataset
 from experiments.compare import brief, read_result, table
 from support.runs import Run, git_commit, summary, trainable, verify
 from tasks.scorers import check_databases
@@ -336,7 +337,7 @@ def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
     device, folder, options = ranks.join(pick_device(c.device)), Path(c.out), view_options(c)
     with ranks.zero_first():
-        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test, c.view2)
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
         announce(data)
         check_databases(data)
         model, tokenizer = make_model(c, data)

@@ -6,6 +6,7 @@ written through `atomic`: a reader sees the old file or the new one, never a hal
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -42,6 +43,12 @@ def atomic(path: str | Path):
 def write_text(path: str | Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """The digest of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: str | Path) -> dict:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from config import Config
-from support.files import BadInput, atomic, read_json, write_text
-from tasks.datasets import sha256
+from support.files import BadInput, atomic, read_json, sha256, write_text
 from support.tokenizer import CARRIED
 
 try:
@@ -83,12 +82,11 @@ def summary(folder: Path) -> dict:
         row = json.loads(line)
         trained = {name: row[name] for name in ("step", "examples", "tokens", "flops", "seconds")}
     config = {name: value for name, value in run["config"].items() if name not in PLACES}
-    view2 = str(Path(config["view2"]))  # no baseline has this file
-    for name in ("view2", "match_flops", "init_from"):
+    for name in ("match_flops", "init_from"):
         config[name] = Path(config[name]).name
     config["init_from"] = run["init_run"] or config["init_from"]
     return {"config": config,
-            "files": [digest for path, digest in run["files"].items() if path != view2],
+            "files": list(run["files"].values()),
             "init": list(run["init"].values()),
             **{name: run[name] for name in ("init_run", "dtype", "device", "versions", "git_commit")},
             "trained": trained,

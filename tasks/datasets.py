@@ -1,26 +1,138 @@
-"""The published datasets: which files, what they must contain, and how they are fetched.
+"""Pairs of text and code: JSONL files, the published datasets, and how those are fetched.
 
-Files of `datasets/` in the authors' repository at one commit; `python data.py download NAME` is the only
-command of this project that opens the network.
+    read_jsonl      the examples of one file
+    load_dataset    the train and test pairs of a published dataset, of the NL-RX grammar or of your own files
+    download        the only function of this project that opens the network
+
+A line is {"text": ..., "code": ...} or {"messages": [...]}, where the user's message is the text and the
+assistant's is the code. It may also carry "text_view" and "code_view": what the views show instead.
 """
 import hashlib
 import http.client
+import json
 import lzma
+import mmap
+import re
 import shutil
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from tqdm import tqdm
 
-from support.files import BadInput, atomic
+from support.files import BadInput, atomic, sha256, write_text
+from tasks import nlrx
 
+# ---- examples ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    text: str
+    code: str
+    where: str = ""  # file:line, for messages
+    system: str = ""  # the instruction of a conversation
+    text_view: str = ""  # what the views show instead of text and code; empty: text and code themselves
+    code_view: str = ""
+    text_only: bool = False  # code does not continue text, it is only its other view (paraphrase)
+
+
+def read_line(line: bytes, where: str) -> Example:
+    """The example on a line of a JSONL file; BadInput, which begins with `where`, if it is none."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
+        raise BadInput(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    parts = {"text": row.get("text"), "code": row.get("code")}
+    parts |= {name: row[name] for name in ("text_view", "code_view") if name in row}
+    if "messages" in row:
+        said = contents(row["messages"], where)
+        if said.keys() | {"system"} != {"system", "user", "assistant"}:
+            raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
+        for name, role in (("text", "user"), ("code", "assistant")):
+            if isinstance(row.get(name), list):  # hellaswag: the views are conversations of their own
+                parts[name + "_view"] = contents(row[name], where).get(role)
+        parts |= {"text": said["user"], "code": said["assistant"]}
+        if said.get("system"):
+            parts["system"] = said["system"]
+    for name, value in parts.items():
+        if not isinstance(value, str) or not value:
+            raise BadInput(f"{where}: {name} must be a non-empty string; a line is "
+                           '{"text": ..., "code": ...} or {"messages": [user, assistant]}')
+        if re.search("[\ud800-\udfff]", value):
+            raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
+    return Example(**parts, where=where)
+
+
+def contents(messages, where: str) -> dict:
+    """role -> content of a list of messages; BadInput if it is none or has a role twice."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                                 for m in messages):
+        raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
+    said = {message["role"]: message.get("content") for message in messages}
+    if len(said) < len(messages):
+        raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
+    return said
+
+
+class Examples(Sequence):
+    """The examples of a JSONL file, parsed each time they are asked for; 24 bytes per line stay in memory.
+
+    `content` is the file's memory map, `lines` (N, 3) the offset, length and number (from 1) of each line.
+    Any thread may read. A slice or an array of indices gives Examples again.
+    """
+
+    def __init__(self, path: Path, content: mmap.mmap, lines: np.ndarray, text_only: bool = False):
+        self.path, self.content, self.lines, self.text_only = path, content, lines, text_only
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int | slice | np.ndarray):
+        if not isinstance(i, (int, np.integer)):
+            return Examples(self.path, self.content, self.lines[i], self.text_only)
+        offset, length, number = self.lines[i].tolist()
+        if self.content.size() < offset + length:  # reading on would kill the process (SIGBUS)
+            raise BadInput(f"{self.path}:{number}: the file has become shorter since it was opened")
+        example = read_line(self.content[offset:offset + length], f"{self.path}:{number}")
+        return replace(example, text_only=self.text_only)
+
+
+def read_jsonl(path: str | Path) -> Examples:
+    """The examples of a JSONL file; blank lines are skipped. Every line is checked here: BadInput names the
+    file and the line."""
+    path, lines, offset = Path(path), array("q"), 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    read_line(line, f"{path}:{number}")
+                    lines.extend((offset, len(line), number))
+                offset += len(line)
+            if not lines:
+                raise BadInput(f"{path}: holds no example")
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    return Examples(path, content, np.array(lines).reshape(-1, 3))
+
+
+# ---- datasets ----------------------------------------------------------------------------------------------
+
+# The files of `datasets/` in the authors' repository at one commit
 COMMIT = "6d7d0d1f296441beff39a95c801db7f683e3b353"
 BASE_URL = f"https://raw.githubusercontent.com/galilai-group/llm-jepa/{COMMIT}/datasets"
-
-PUBLISHED = {  # dataset -> split -> (file, its git blob id at that commit)
+PUBLISHED = {  # dataset -> split -> (file, its git blob id)
     "nlrx_synth": {"train": ("synth_train.jsonl", "cbe45f8f9fbb126e09763d5062b01319285ce045"),
                    "test": ("synth_test.jsonl", "e9a539bf83c933ab8d347d49a067aa527f118853")},
     "nlrx_turk": {"train": ("turk_train.jsonl", "8ceb7cba7476cc73259d17239be798a98b4ded93"),
@@ -40,10 +152,6 @@ PUBLISHED = {  # dataset -> split -> (file, its git blob id at that commit)
     "paraphrase": {"train": ("paraphrase_train.jsonl", "b223c762dca836132e29faee27f76c30dafba714")},
 }
 
-# Spider's databases lie in Git LFS, so elsewhere; a mirror (--base_url) has them beside the other files
-SPIDER_URL = f"https://media.githubusercontent.com/media/galilai-group/llm-jepa/{COMMIT}"
-SPIDER_ZIP = ("spider_data.zip", "00636695dabed6b5f4b8328a16b13e069a2f16591d5efcce57660669c85b121b")  # sha256
-
 
 def git_blob_id(path: Path) -> str:
     """What `git hash-object` prints."""
@@ -51,50 +159,143 @@ def git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> dict[str, Path]:
+    """split -> file of the embedded nlrx_synth: distinct pairs of the grammar, written once (seed 0). The
+    names carry a hash of nlrx.py, so a changed grammar never meets old files."""
+    version = sha256(Path(nlrx.__file__))[:8]
+    paths = {split: data_dir / f"generated_{version}_{split}.jsonl" for split in ("train", "test")}
+    if not all(path.exists() for path in paths.values()):
+        pairs = nlrx.generate(n_train + n_test, seed=0)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        for path, part in zip(paths.values(), (pairs[:n_train], pairs[n_train:]), strict=True):
+            write_text(path, "".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in part))
+    return paths
+
+
+def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, Path], str]:
+    """({split: file}, source) of a dataset. Published files are checked. Where there is none of nlrx_synth's,
+    the embedded grammar writes its own, so the two are never mixed up."""
+    if name.endswith(".jsonl"):
+        return {"train": Path(name)} | ({"test": Path(test_file)} if test_file else {}), "file"
+    if name not in PUBLISHED:
+        raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
+    paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
+    for split, path in paths.items():
+        if path.exists() and git_blob_id(path) != PUBLISHED[name][split][1]:
+            raise BadInput(f"{path}: not the published file; "
+                           f"move it away and run `python data.py download {name}`")
+    missing = [path for path in paths.values() if not path.exists()]
+    if name == "nlrx_synth" and len(missing) == len(paths):
+        return generated_files(data_dir), "generated"
+    if missing:
+        raise BadInput(f"{missing[0]}: no such file; "
+                       f"run `python data.py download {name} --data_dir {data_dir}`")
+    return paths, "published"
+
+
+@dataclass
+class Dataset:
+    name: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    source: str  # published | generated | file
+    files: dict[str, str]  # path -> sha256
+    folder: Path = Path("data")  # where published files are
+
+    @cached_property
+    def leaked(self) -> set[tuple[str, str]]:
+        """The (text, code) of test that also stand in train."""
+        test = {(e.text, e.code) for e in self.test}
+        return {pair for e in self.train if (pair := (e.text, e.code)) in test}
+
+
+def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
+                 eval_split: str = "test", n_test: int = 0) -> Dataset:
+    """The train and test pairs of a published dataset or of your own files.
+
+    name             a key of PUBLISHED, or the path of a .jsonl file, whose test split is test_file
+    n_train, n_test  use only the first so many examples; 0: all
+    eval_split       "valid": the last tenth of train is held out and takes the place of the test split
+    """
+    paths, source = dataset_paths(name, Path(data_dir), test_file)
+    train = read_jsonl(paths["train"])
+    if eval_split == "valid":
+        cut = len(train) - len(train) // 10
+        train, test = train[:cut], train[cut:]
+        if not test:
+            raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
+    elif "test" not in paths:
+        raise BadInput(f"{name} has no test split: --eval_split valid")
+    else:
+        test = read_jsonl(paths["test"])
+    for flag, wanted, split, examples in (("n_train", n_train, "training", train),
+                                          ("n_test", n_test, eval_split, test)):
+        if wanted > len(examples):
+            raise BadInput(f"--{flag} {wanted}: {name} has only {len(examples)} {split} examples")
+    train, test = train[:n_train or None], test[:n_test or None]
+    train.text_only = test.text_only = name == "paraphrase"
+    files = {str(path): sha256(path) for path in paths.values()}
+    return Dataset(name, train, test, source, files, Path(data_dir))
+
+
+def announce(data: Dataset) -> None:
+    """Print where the data comes from."""
+    if data.source == "generated":
+        print(f"data: GENERATED by the embedded NL-RX grammar (no published {data.name} files found; "
+              f"`python data.py download {data.name}` fetches them)")
+    else:
+        print(f"data: {data.source}")
+    for path, digest in data.files.items():
+        print(f"  {path} sha256 {digest[:12]}")
+
+
+# ---- downloads ---------------------------------------------------------------------------------------------
+
+# Spider's databases are kept in Git LFS, at another address; a mirror (--base_url) has them beside the rest
+SPIDER_URL = f"https://media.githubusercontent.com/media/galilai-group/llm-jepa/{COMMIT}"
+SPIDER_ZIP = ("spider_data.zip", "00636695dabed6b5f4b8328a16b13e069a2f16591d5efcce57660669c85b121b")  # sha256
+
+
+def request_rest(url: str, file, bar: tqdm) -> str:
+    """Append to `file` what it lacks of the file at `url`. Returns what went wrong, "" if it is complete."""
+    done = file.tell()
+    try:
+        headers = {"Range": f"bytes={done}-"} if done else {}
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+            if done and reply.status != 206:  # this server sends whole files only
+                done = file.seek(0)
+                file.truncate()
+            length = int(reply.headers.get("Content-Length") or 0)
+            bar.total = done + length if length else None
+            while chunk := reply.read(1 << 16):
+                done += file.write(chunk)
+                bar.update(done - bar.n)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        return str(error) or type(error).__name__
+    return f"cut off after {done} of {bar.total} bytes" if bar.total and done < bar.total else ""
 
 
 def fetch(url: str, path: Path, digest: Callable[[Path], str], wanted: str) -> None:
-    """Fetch a file: it is there whole and checked, or not at all.
+    """Download a file, whole and checked or not at all.
 
-    A connection that is cut is taken up again where it was cut, if the server can (HTTP ranges), as long as
-    every attempt comes further than those before. BadInput if none does, or if the sum is wrong.
+    A connection that breaks is resumed where it broke, as long as every attempt gets further than the last.
+    BadInput if one does not, or if digest(file) is not the one wanted.
     """
-    done, furthest, size = 0, -1, None
+    furthest = -1
     with atomic(path) as temporary:
         with open(temporary, "wb") as file, tqdm(unit="B", unit_scale=True, desc=path.name) as bar:
-            while size is None or done < size:
-                problem = None
-                try:
-                    headers = {"Range": f"bytes={done}-"} if done else {}
-                    with urllib.request.urlopen(urllib.request.Request(url, headers=headers),
-                                                timeout=60) as reply:
-                        if done and reply.status != 206:  # the whole file again
-                            done = file.seek(0)
-                            file.truncate()
-                        length = int(reply.headers.get("Content-Length") or 0)
-                        bar.total = size = done + length if length else None
-                        while chunk := reply.read(1 << 16):
-                            done += file.write(chunk)
-                            bar.update(done - bar.n)
-                    if size is None:
-                        break
-                except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-                    problem = str(error) or type(error).__name__
-                if (problem or done < size) and done <= furthest:
-                    raise BadInput(f"{url}: {problem or f'cut off after {done} of {size} bytes'}; "
-                                   "nothing was written, try again")
-                furthest = done
+            while problem := request_rest(url, file, bar):
+                if file.tell() <= furthest:
+                    raise BadInput(f"{url}: {problem}; nothing was written, try again")
+                furthest = file.tell()
         if digest(temporary) != wanted:
-            raise BadInput(f"{url}: {done} bytes that are not the published file; nothing was written, "
-                           "try again")
+            raise BadInput(f"{url}: {temporary.stat().st_size} bytes that are not the published file; "
+                           "nothing was written, try again")
 
 
 def unzip(archive: Path, folder: Path) -> None:
     """Unpack into a new folder, whole or not at all. BadInput if the archive is damaged or has a member that
-    would land outside of the folder."""
+    would be written outside the folder."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -102,19 +303,17 @@ def unzip(archive: Path, folder: Path) -> None:
             for name in content.namelist():
                 path = PurePosixPath(name)
                 if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-                    raise BadInput(f"{archive}: member {name!r} would leave {folder}; nothing was unpacked")
+                    raise ValueError(f"its member {name!r} would leave {folder}")
             content.extractall(temporary)
         temporary.rename(folder)
-    except BadInput:
-        raise
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{archive}: not a zip file that can be read ({error})") from None
+        raise BadInput(f"{archive}: not a zip file that can be read: {error}; nothing was unpacked") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def download(name: str, data_dir: str | Path, base_url: str = "") -> None:
-    """Fetch the files of a dataset into data_dir; base_url: of a mirror."""
+    """Fetch what is missing of a published dataset into data_dir; base_url is the address of a mirror."""
     data_dir = Path(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
     for file_name, blob_id in PUBLISHED[name].values():

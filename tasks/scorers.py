@@ -1,8 +1,8 @@
-"""What an answer is worth, by the dataset that asked. Every scorer is `scorer(answer, example)`: True, False,
-or None where that cannot be decided. The dataset decides which (SCORERS), never a file's name. An empty
-answer is wrong everywhere.
+"""Is an answer right? A scorer is `scorer(answer, text, code)`: True, False, or None where that cannot be
+decided. `text` is the question and `code` the target. An empty answer is wrong everywhere.
 
-Plain exact and prefix match, which every dataset has, are in eval.py.
+The dataset's name decides which scorer is used (SCORERS). Exact and prefix match, which need none, are in
+eval.py.
 """
 import re
 import sqlite3
@@ -14,17 +14,16 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
-from tasks import regexes as derivatives
-from data import Dataset, Example
 from support.files import BadInput, interrupts
+from tasks import regexes
+from tasks.datasets import Dataset
 
 
-def same_language(answer: str, example: Example) -> bool | None:
-    """NL-RX: the two regexes describe the same set of strings, decided by derivatives.py. What does not parse
-    is wrong; None: not decided within bounds."""
+def same_language(answer: str, text: str, code: str) -> bool | None:
+    """NL-RX: do both regexes describe the same strings? None if regexes.py cannot tell within its bounds."""
     try:
-        return derivatives.equal(answer, example.code).equal
-    except ValueError:
+        return regexes.equal(answer, code).equal
+    except ValueError:  # an answer that does not parse is wrong
         return False
 
 
@@ -32,24 +31,24 @@ NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
 
 
 def final_number(solution: str) -> Decimal | None:
-    """The number behind the first "####", if it is the only one on that line."""
+    """The number after the first "####", if it is the only one on that line."""
     found = re.match(rf"[ \t]*(-?)\$?[ \t]*({NUMBER})([^\n]*)", solution.partition("####")[2])
     if found is None or re.search("[0-9]", found[3]):
         return None
     return Decimal(found[1] + found[2].replace(",", ""))
 
 
-def final_answer(answer: str, example: Example) -> bool:
-    """GSM8K: the number behind the first "####" equals the target's. Commas between thousands, a dollar sign
-    in front and a unit behind do not count, 18.0 is 18; a second number on the line is hedging, and wrong. So
-    is an answer without the marker, even if the right number stands in it."""
-    return (number := final_number(answer)) is not None and number == final_number(example.code)
+def final_answer(answer: str, text: str, code: str) -> bool:
+    """GSM8K: the number after the first "####" is the target's. Thousands separators, a dollar sign before it
+    and a unit after it are ignored, and 18.0 is 18. A second number on the line is hedging, so wrong, and so
+    is an answer without the marker."""
+    return (number := final_number(answer)) is not None and number == final_number(code)
 
 
-def choice(answer: str, example: Example) -> bool:
-    """rotten_tomatoes, yelp, hellaswag: the word or letter itself, whatever its case; white space around it
-    and one mark of ")" or "." behind it do not count, anything else does ("Good film" is no answer)."""
-    return re.sub(r"[.)]$", "", answer.strip()).casefold() == example.code.casefold()
+def choice(answer: str, text: str, code: str) -> bool:
+    """rotten_tomatoes, yelp, hellaswag: the word or letter itself. Case, white space around it and one ")" or
+    "." after it are ignored, and nothing else is: "Good film" is wrong."""
+    return re.sub(r"[.)]$", "", answer.strip()).casefold() == code.casefold()
 
 
 def plain_words(text: str) -> str:
@@ -58,30 +57,30 @@ def plain_words(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def any_of(answer: str, example: Example) -> bool:
-    """nq_open: the answer is one of the target's, or several of them; "; " separates them. Case, punctuation
-    and articles do not count (the usual rule of open question answering). A part that is none of the target's
-    makes the answer wrong; so does one with nothing left, unless it is the target's as it stands."""
-    def parts(text: str) -> set[str]:
-        return {plain_words(part) or part.strip() for part in text.split("; ")}
-    return bool(answer.strip()) and parts(answer) <= parts(example.code) - {""}
+def any_of(answer: str, text: str, code: str) -> bool:
+    """nq_open: one of the target's answers, or several of them, separated by "; ". Case, punctuation and
+    articles are ignored, as is usual for open question answering. One part that is none of the target's makes
+    it wrong; a part of punctuation alone is compared as it is."""
+    def parts(answers: str) -> set[str]:
+        return {plain_words(part) or part.strip() for part in answers.split("; ")}
+    return bool(answer.strip()) and parts(answer) <= parts(code) - {""}
 
 
 # ---- Spider: what the query returns ------------------------------------------------------------------------
 
-MAX_STEPS, MAX_SECONDS = 50_000_000, 30  # of SQLite's machine; of the clock
+MAX_STEPS, MAX_SECONDS = 50_000_000, 30  # of SQLite's virtual machine; for steps that are slow by themselves
 MAX_ROWS, MAX_COLUMNS = 100_000, 200
-MAX_BYTES, MAX_RESULT, MAX_MEMORY = 10_000, 50 << 20, 256 << 20  # of a value, a result, all of SQLite
-LOOK = 100  # steps between two looks at the bounds: with values this short, none of them takes long
+MAX_BYTES, MAX_RESULT, MAX_MEMORY = 10_000, 50 << 20, 256 << 20  # of a value, of a result, of SQLite
+CHECK_EVERY = 100  # steps; with values this short, none of them takes long
 READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
 def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
-    """(columns, rows) of a single SELECT, or None if it fails, is none, or is out of bounds.
+    """(number of columns, rows) of a single SELECT; None if it is none, fails or exceeds a bound above.
 
-    The file is opened read-only, and nothing but reading is authorized: no write, attach, pragma, extension
-    or temporary file. What ends an endless query is nearly always MAX_STEPS, so that the verdict is the same
-    on every machine; MAX_SECONDS is for steps that are slow by themselves.
+    The file is opened read-only, and the authorizer allows reading alone: no write, attach, pragma, extension
+    or temporary file. An endless query nearly always ends by MAX_STEPS, so the verdict does not depend on the
+    machine's speed.
     """
     try:
         connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
@@ -96,8 +95,9 @@ def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100)
         connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READS
                                   else sqlite3.SQLITE_DENY)
-        looks, end = iter(range(MAX_STEPS // LOOK)), time.monotonic() + MAX_SECONDS
-        connection.set_progress_handler(lambda: next(looks, None) is None or time.monotonic() > end, LOOK)
+        checks, end = iter(range(MAX_STEPS // CHECK_EVERY)), time.monotonic() + MAX_SECONDS
+        connection.set_progress_handler(lambda: next(checks, None) is None or time.monotonic() > end,
+                                        CHECK_EVERY)
         cursor, rows, size = connection.execute(query), [], 0
         for row in cursor:
             rows.append(row)
@@ -106,62 +106,60 @@ def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
                 return None
         return (len(cursor.description), rows) if cursor.description else None  # an empty statement has none
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
-        if interrupts.asked:  # SQLite made an error of its own of the KeyboardInterrupt
+        if interrupts.asked:  # SQLite turns the KeyboardInterrupt in a callback into an error of its own
             raise KeyboardInterrupt from None
         return None
     finally:
         connection.close()
 
 
-def database_of(example: Example, databases: Path) -> Path:
-    """The file of an example's database; BadInput if it is missing or no database."""
-    found = re.match(r"For db_id:\[(\w+)\]", example.text)
+def database_of(text: str, data_dir: str | Path) -> Path:
+    """The database that a question is about; BadInput if its file is missing or not SQLite's."""
+    found = re.match(r"For db_id:\[(\w+)\]", text)
     if not found:
-        raise BadInput(f"{example.where}: does not begin with For db_id:[...]")
-    path = databases / found[1] / f"{found[1]}.sqlite"
+        raise BadInput(f"{text[:40]!r}: does not begin with For db_id:[...]")
+    folder = Path(data_dir) / "spider_data"
+    path = folder / "database" / found[1] / f"{found[1]}.sqlite"
     if not path.is_file():
         raise BadInput(f"{path}: no such database; run `python data.py download spider --data_dir ...`")
     with open(path, "rb") as file:
         if file.read(16) != b"SQLite format 3\0":
-            raise BadInput(f"{path}: not a SQLite database; remove {databases.parent} and download it again")
+            raise BadInput(f"{path}: not a SQLite database; remove {folder} and download it again")
     return path
 
 
-def same_result(answer: str, example: Example, databases: Path) -> bool | None:
-    """Spider: answer and target, run on the example's database, return the same rows with the same columns in
-    the same order; the order of rows counts where the target has ORDER BY. A query that fails, writes, runs
-    too long or returns too much is wrong, whatever the target returns; None if the target itself does."""
-    database = database_of(example, databases)
-    ours, theirs = run_query(database, answer), run_query(database, example.code)
+def same_result(answer: str, text: str, code: str, data_dir: str | Path) -> bool | None:
+    """Spider: run on the question's database, answer and target return the same columns and rows. The order
+    of rows counts where the target has ORDER BY. A query that fails, writes, runs too long or returns too
+    much is wrong whatever the target returns; None if the target itself does so."""
+    database = database_of(text, data_dir)
+    ours, theirs = run_query(database, answer), run_query(database, code)
     if ours is None or theirs is None:
         return False if theirs is not None else None
-    if re.search(r"\border\s+by\b", example.code, re.IGNORECASE):
+    if re.search(r"\border\s+by\b", code, re.IGNORECASE):
         return ours == theirs
     return ours[0] == theirs[0] and Counter(ours[1]) == Counter(theirs[1])
 
 
-def databases_in(data_dir: str | Path) -> Path:
-    return Path(data_dir) / "spider_data" / "database"
-
-
 def check_databases(data: Dataset) -> None:
-    """BadInput if a database is missing that scoring will need: to be called before any work."""
+    """BadInput if a database is missing that scoring will need; call it before any work."""
     if data.name == "spider":
         for example in data.test:
-            database_of(example, databases_in(data.folder))
+            database_of(example.text, data.folder)
 
 
-# ---- which is whose ----------------------------------------------------------------------------------------
+# ---- which dataset has which -------------------------------------------------------------------------------
 
-SCORERS = {"nlrx_synth": ("dfa_equal", same_language), "nlrx_turk": ("dfa_equal", same_language),
-           "gsm8k": ("correct", final_answer), "spider": ("correct", same_result),
-           "rotten_tomatoes": ("correct", choice), "yelp": ("correct", choice),
-           "hellaswag": ("correct", choice), "nq_open": ("correct", any_of)}
+SCORERS = {  # dataset -> (column, scorer)
+    "nlrx_synth": ("dfa_equal", same_language), "nlrx_turk": ("dfa_equal", same_language),
+    "gsm8k": ("correct", final_answer), "spider": ("correct", same_result), "nq_open": ("correct", any_of),
+    "rotten_tomatoes": ("correct", choice), "yelp": ("correct", choice), "hellaswag": ("correct", choice),
+}
 
 
 def scorer_of(dataset: str, data_dir: str | Path) -> tuple[str, Callable] | None:
-    """(column, scorer) of a dataset; None: it has no more than exact and prefix."""
+    """(column, scorer) of a dataset; None if exact and prefix match are all it has."""
     column, scorer = SCORERS.get(dataset, (None, None))
     if scorer is same_result:
-        scorer = partial(same_result, databases=databases_in(data_dir))
+        scorer = partial(same_result, data_dir=data_dir)
     return column and (column, scorer)

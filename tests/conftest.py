@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-from data import Example, read_jsonl  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from support import tokenizer as tokenizer_module  # noqa: E402
 from support.tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
+from tasks.datasets import Example, read_jsonl  # noqa: E402
+from tasks.nlrx import generate  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
          ("lines with 'dog' or a number, 3 or more times", "((dog)|([0-9])){3,}"),
@@ -49,6 +50,12 @@ def pairs(tmp_path_factory):
     for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[tuple[str, str]]:
+    """The pairs of the embedded grammar."""
+    return generate(10_000)
 
 
 @pytest.fixture

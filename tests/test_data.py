@@ -1,22 +1,20 @@
-"""data.py: rendered examples as literals, batches, steps, files."""
-import json
+"""data.py: rendered examples as literals, batches, steps."""
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, ROOT, SHARED_DATA, jsonl
+from conftest import PAIRS, ROOT, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batches import Sampler, collate_fused, collate_three, fitting, lay_out, loss_dropout, pack, picture
 from batches import tube_positions
-from data import Example, load_dataset, read_jsonl, render_views
+from data import render_views
 from support.files import BadInput
 from support.tokenizer import Tokenizer
-
-needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
+from tasks.datasets import Example
 
 # ---- one example, id by id ---------------------------------------------------------------------------------
 
@@ -144,26 +142,6 @@ def test_packing_loses_nothing(lengths, row_len):
     assert all(sum(lengths[i] for i in row) <= row_len or len(row) == 1 for row in rows)
 
 
-def test_another_text_as_the_code_view(tmp_path):
-    """Line by line, blank lines and the held-out tenth included; the code itself is still what is learnt."""
-    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
-    rows = [[json.dumps({"text": f"{who} {i}", "code": f"c{i}"}) for i in range(20)] for who in ("a", "b")]
-    for path, lines in zip((mine, other), rows, strict=True):
-        path.write_text("\n".join([*lines[:3], "", *lines[3:]]))
-    data = load_dataset(str(mine), eval_split="valid", view2=str(other))
-    assert [(e.text, e.code, e.code_view) for e in data.train[[0, 2, 17]]] == [
-        ("a 0", "c0", "b 0"), ("a 2", "c2", "b 2"), ("a 17", "c17", "b 17")]
-    assert str(other) in data.files and {e.code_view for e in data.test} == {""}
-    views = render_views(data.train[3], BYTES)
-    assert bytes(views.enc[1:]) == b"b 3" and bytes(views.main[-3:-1]) == b"c3"
-    other.write_text("\n".join([*rows[1][:3], "", rows[1][4], rows[1][3], *rows[1][5:]]))
-    with pytest.raises(BadInput, match=f"^{other}:5: not the code of {mine}:5, so no other text of it"):
-        list(load_dataset(str(mine), eval_split="valid", view2=str(other)).train)
-    other.write_text("\n".join(rows[1]))
-    with pytest.raises(BadInput, match="has 20 examples, .* 20; they must stand on the same lines"):
-        load_dataset(str(mine), eval_split="valid", view2=str(other))
-
-
 @given(st.lists(st.integers(3, 50), min_size=1, max_size=20), st.integers(0, 2**32))
 def test_tube_positions_are_three_of_each_row_in_order(lengths, seed):
     at = tube_positions(lengths, 60, np.random.default_rng(seed).random((len(lengths), 3))).numpy()
@@ -218,49 +196,6 @@ def test_loss_dropout():
     assert all(loss_dropout(32, 0.0, 0, 0))
 
 
-# ---- files -------------------------------------------------------------------------------------------------
-
-def test_jsonl_in_both_forms(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "t", "code": "c"}\n\n{"messages": [{"role": "system", "content": "s"}, '
-                    '{"role": "user", "content": "tü"}, {"role": "assistant", "content": "d"}]}\n')
-    assert list(read_jsonl(path)) == [Example("t", "c", f"{path}:1"), Example("tü", "d", f"{path}:3", "s")]
-
-
-@pytest.mark.parametrize("line,match", [
-    (b"{", "not valid JSON"), (b"[1]", "expected a JSON object, found list"), (b'"\xff"', "not UTF-8"),
-    (b'{"text": "a"}', "code must be a non-empty string"),
-    (b'{"text": "a", "code": ""}', "code must be a non-empty"),
-    (b'{"text": 1, "code": "b"}', "text must be a non-empty"),
-    (b'{"messages": 3}', "messages must be a list"),
-    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}', "one user and"),
-    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": [{}]}',
-     "messages must be a list"),
-    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": []}',
-     "text_view must be a non-empty"),
-    (b'{"messages": [{"role": "user", "content": "a"}]}', "one user and one assistant"),
-    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "code must be a non-empty"),
-    (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"), (b"[" * 5000, "not valid JSON"),
-    (b'{"text": ' + b"1" * 5000 + b"}", "not valid JSON")])
-def test_a_bad_line_is_named(tmp_path, line, match):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "t", "code": "c"}\n' + line + b"\n")
-    with pytest.raises(BadInput, match=match) as error:
-        read_jsonl(path)
-    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
-
-
-def test_missing_and_empty_files(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for name, match in (("none.jsonl", "no such file"), ("empty.jsonl", "holds no example")):
-        with pytest.raises(BadInput, match=match):
-            read_jsonl(tmp_path / name)
-    with pytest.raises(BadInput, match="not a known dataset"):
-        load_dataset("nlrx_sinth", tmp_path)
-    with pytest.raises(BadInput, match="data.py download nlrx_turk"):
-        load_dataset("nlrx_turk", tmp_path)
-
-
 def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
     lengths = [len(render_views(e, tokenizer).main) for e in examples]
     longest, read = lengths[1], jsonl(tmp_path / "f.jsonl", PAIRS)
@@ -279,53 +214,6 @@ def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
         fitting(jsonl(tmp_path / "g.jsonl", [("ab", "x")]), BYTES, 20, k=30)
     with pytest.raises(BadInput, match="all other examples"):
         fitting(read, tokenizer, 3, "drop")
-
-
-def test_examples_are_read_when_asked_for(tmp_path):
-    """A list's behaviour without a list's memory: numbers, slices, arrays, iteration."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes("".join(f'{{"text": "tü{i}", "code": "c{i}"}}\n{chr(10) * (i % 3)}' for i in range(10))
-                     .encode())
-    read = read_jsonl(path)
-    assert [e.text for e in read] == [f"tü{i}" for i in range(10)] and len(read) == 10
-    assert [e.code for e in read[7:]] == ["c7", "c8", "c9"] and read[-1].code == "c9"
-    assert [e.code for e in read[2:8][np.array([0, 5])]] == ["c2", "c7"]
-    assert read[2].where == f"{path}:4"  # line 3 is empty
-    with pytest.raises(IndexError):
-        read[10]
-
-
-@needs_published
-def test_published_splits():
-    rows = load_dataset("nlrx_synth", SHARED_DATA)
-    assert (len(rows.train), len(rows.test), rows.source) == (8000, 2000, "published")
-    train = {(e.text, e.code) for e in rows.train}
-    assert sum((e.text, e.code) in train for e in rows.test) == 39
-    valid = load_dataset("nlrx_synth", SHARED_DATA, n_train=100, eval_split="valid")
-    assert list(valid.test) == list(rows.train[7200:]) and list(valid.train) == list(rows.train[:100])
-    turk = load_dataset("nlrx_turk", SHARED_DATA)
-    assert [e.code for e in turk.test] == [e.code for e in rows.test]
-
-
-@needs_published
-def test_a_changed_published_file_is_refused(tmp_path):
-    content = (SHARED_DATA / "synth_test.jsonl").read_bytes()
-    (tmp_path / "synth_test.jsonl").write_bytes(content)
-    # never half published, half generated
-    with pytest.raises(BadInput, match="synth_train.jsonl: no such file"):
-        load_dataset("nlrx_synth", tmp_path)
-    (tmp_path / "synth_test.jsonl").write_bytes(content[:-10])
-    with pytest.raises(BadInput, match="synth_test.jsonl: not the published file"):
-        load_dataset("nlrx_synth", tmp_path)
-
-
-def test_generated_dataset(tmp_path):
-    rows = load_dataset("nlrx_synth", tmp_path)
-    assert (len(rows.train), len(rows.test), rows.source) == (8000, 2000, "generated")
-    assert not {e.text for e in rows.train} & {e.text for e in rows.test}
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert list(load_dataset("nlrx_synth", tmp_path).train) == list(rows.train)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(before) == 2
 
 
 # ---- show --------------------------------------------------------------------------------------------------
@@ -364,24 +252,3 @@ def test_batches_move_whole(tokenizer, examples):
     moved = batch.to(torch.device("meta"))
     assert moved.n_tokens == batch.n_tokens
     assert moved.pred_at.device.type == moved.segment.device.type == "meta"
-
-
-# ---- splits of one's own -----------------------------------------------------------------------------------
-
-def test_splits(tmp_path):
-    """n_train takes the first; the held-out tenth is the last, is not trained on, replaces the test file."""
-    rows = [{"text": f"t{i}", "code": f"c{i}"} for i in range(40)]
-    for name, part in (("a.jsonl", rows[:30]), ("b.jsonl", rows[30:])):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
-    name, test_file = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
-
-    def texts(**options):
-        loaded = load_dataset(name, **options)
-        return [e.text for e in loaded.train], [e.text for e in loaded.test]
-    everything = [row["text"] for row in rows]
-    assert texts(test_file=test_file) == (everything[:30], everything[30:])
-    assert texts(test_file=test_file, n_train=4) == (everything[:4], everything[30:])
-    assert texts(eval_split="valid") == (everything[:27], everything[27:30])
-    assert texts(eval_split="valid", n_train=5) == (everything[:5], everything[27:30])
-    with pytest.raises(BadInput, match="--n_train 28"):
-        texts(eval_split="valid", n_train=28)

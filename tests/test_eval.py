@@ -1,20 +1,16 @@
 """eval.py: cached answers equal uncached ones, and every score counts what its docstring says."""
-import hashlib
 import json
 
 import pytest
 import torch
 
-import data
-from tasks import regexes as derivatives
 import eval
-from tasks import nlrx
 import train
-from data import Dataset, Example
 from eval import Answer, answer_texts, evaluate, generate, generate_slow, score, table
 from support.files import BadInput, main_guard
 from model import KVCache
-from tasks.datasets import PUBLISHED
+from tasks import datasets, nlrx, regexes
+from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id
 from experiments.compare import from_hex
 from tasks.scorers import scorer_of
 
@@ -122,7 +118,7 @@ def test_each_prompt_may_have_its_own_limit(tiny):
 
 
 def test_undecided_is_wrong_and_counted(monkeypatch):
-    monkeypatch.setattr(derivatives, "equal", lambda a, b: derivatives.Verdict(None, None))
+    monkeypatch.setattr(regexes, "equal", lambda a, b: regexes.Verdict(None, None))
     scores = score(EXAMPLES[:2], ["a", "b"], [True] * 2, set(), scorer_of("nlrx_synth", "data"))
     assert scores["dfa_equal"] == 0 and scores["undecided"] == 2
 
@@ -148,7 +144,7 @@ def run_folder(tmp_path, data_dir):
 def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
     """Generated and published data are never mixed up: a run is scored on its own files, unless told."""
     monkeypatch.setattr(nlrx, "generate", lambda n, seed: [(f"text {i}", f"code {i}") for i in range(60)])
-    monkeypatch.setattr(data.generated_files, "__defaults__", (50, 10))
+    monkeypatch.setattr(datasets.generated_files, "__defaults__", (50, 10))
     run = run_folder(tmp_path, tmp_path / "data")
     own = (run / "eval.json").read_text()
     result = eval.score_checkpoint(run, "nlrx_synth", max_new_tokens=3)  # its own data_dir, not "data"
@@ -157,9 +153,9 @@ def test_other_data_only_when_told(tmp_path, monkeypatch, capsys):
     other.mkdir()
     files = {}
     for split in ("train", "test"):
-        content = "\n".join(json.dumps({"text": f"{split} {i}", "code": "x"}) for i in range(60)).encode()
-        (other / f"{split}.jsonl").write_bytes(content)
-        files[split] = (f"{split}.jsonl", hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+        path = other / f"{split}.jsonl"
+        path.write_text("\n".join(json.dumps({"text": f"{split} {i}", "code": "x"}) for i in range(60)))
+        files[split] = (path.name, git_blob_id(path))
     monkeypatch.setitem(PUBLISHED, "nlrx_synth", files)
     with pytest.raises(BadInput, match="trained on generated data, but .*--other_data"):
         eval.score_run(run, str(other))
