@@ -1,14 +1,14 @@
 r"""NL-RX: the grammar that writes (text, code) pairs.
 
 Mirrors the synthetic corpus of Locascio et al. 2016 (arXiv 1608.03000): one random tree, read twice, as
-English (text) and as a regex (code). What was published of it is the dataset nlrx_synth; derivatives.py
-judges answers.
+English (text) and as a regex (code). The dataset nlrx_synth is what was published of it; regexes.py judges
+answers.
 
     >>> generate(1)
     [("lines with a number before the string 'dog', 5 or more times", '([0-9]).*((dog){5,}).*')]
 
 But: the authors drew 600,000 trees of depth 2; here all such trees are listed with their probabilities, which
-gives the same law, sooner and from fewer random numbers.
+gives the same distribution from fewer random numbers.
 """
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ LITERAL_CODE = {
 REPEATS = ("at least once", "zero or more", "n or more")
 FUNCTIONS = ("contains", "words with", "starts", "ends", "followed by")
 LITERALS = (*LITERAL_CODE, WORD, WORD, WORD)  # draws are uniform over a tuple: a word is four times as likely
-COMPLEX = (*FUNCTIONS, "or", "not", "and", "before", "and3", "or3", *REPEATS, "only")
-ANY = (*COMPLEX, *LITERALS)
-CALM = (*FUNCTIONS, *REPEATS, "only", *LITERALS, "or")
+INNER = (*FUNCTIONS, "or", "not", "and", "before", "and3", "or3", *REPEATS, "only")
+ANY = (*INNER, *LITERALS)
+OPERANDS = (*FUNCTIONS, *REPEATS, "only", *LITERALS, "or")  # of the repeats, starts and ends
 
 
 class Kind(NamedTuple):
-    """A kind of node: two templates, and for each child the kinds to draw it from."""
-
+    """A kind of node: how it reads as code and as text, and for each child the kinds to draw it from."""
     code: str
     text: str
     slots: tuple[tuple[str, ...], ...] = ()
@@ -43,9 +42,9 @@ class Kind(NamedTuple):
 
 KINDS = {literal: Kind(code, literal) for literal, code in LITERAL_CODE.items()} | {
     "contains": Kind(".*%s.*", "containing %s", (ANY,)),
-    "words with": Kind(r"\b%s\b", "words with %s", (COMPLEX,)),
-    "starts": Kind("(%s)(.*)", "starting with %s", (CALM,)),
-    "ends": Kind("(.*)(%s)", "ending with %s", (CALM,)),
+    "words with": Kind(r"\b%s\b", "words with %s", (INNER,)),
+    "starts": Kind("(%s)(.*)", "starting with %s", (OPERANDS,)),
+    "ends": Kind("(.*)(%s)", "ending with %s", (OPERANDS,)),
     "followed by": Kind("%s.*%s.*", "%s followed by %s", (LITERALS, LITERALS)),
     "before": Kind("(%s).*(%s).*", "%s before %s", (ANY, ANY)),
     "not": Kind("~(%s)", "not %s", (ANY,)),
@@ -53,9 +52,9 @@ KINDS = {literal: Kind(code, literal) for literal, code in LITERAL_CODE.items()}
     "and": Kind("(%s)&(%s)", "%s and %s", (ANY, ANY)),
     "or3": Kind("(%s)|(%s)|(%s)", "either %s, %s, or %s", (LITERALS,) * 3),
     "and3": Kind("(%s)&(%s)&(%s)", "<and3> %s, %s, and %s", (LITERALS,) * 3),
-    "at least once": Kind("(%s)+", "%s at least once", (CALM,)),
-    "zero or more": Kind("(%s)*", "%s, zero or more times", (CALM,)),
-    "n or more": Kind("(%s){%s,}", "%s, %s or more times", (CALM,)),
+    "at least once": Kind("(%s)+", "%s at least once", (OPERANDS,)),
+    "zero or more": Kind("(%s)*", "%s, zero or more times", (OPERANDS,)),
+    "n or more": Kind("(%s){%s,}", "%s, %s or more times", (OPERANDS,)),
     "only": Kind("%s", "containing only %s", (LITERALS,)),
 }
 UNDER_NOT = {"and": "%s and not %s", "and3": "%s, not %s, and not %s", "or3": "%s, %s, or %s"}
@@ -80,14 +79,15 @@ class Tree(NamedTuple):
 
 
 class Rejected(Exception):
-    """This draw leads to no tree that the corpus keeps."""
+    """The choices made lead to no tree that the corpus keeps."""
 
 
 Pick = Callable[[tuple], str | int]  # chooses one of the options
 
 
 def draw(pick: Pick, max_depth: int, max_nodes: int) -> Tree:
-    """One tree, from the root down: literals only once it is deep, large or has two and/or. Or Rejected."""
+    """One tree, drawn from the root down; raises Rejected. Only literals are drawn once it is max_depth deep,
+    has max_nodes nodes or two and/or above."""
     used: list[str] = []
 
     def choose(slot: tuple[str, ...]) -> str:
@@ -98,20 +98,20 @@ def draw(pick: Pick, max_depth: int, max_nodes: int) -> Tree:
         used.append(group)
         return kind
 
-    def grow(kind: str, depth: int, spent: int, joins: int) -> Tree:
+    def grow(kind: str, depth: int, n_nodes: int, n_joins: int) -> Tree:
         kids = []
         for slot in KINDS[kind].slots:
-            if depth >= max_depth or spent >= max_nodes or joins >= 2:
+            if depth >= max_depth or n_nodes >= max_nodes or n_joins >= 2:
                 slot = LITERALS if WORD in slot else ()
             if not slot:  # "words with" takes no literal
                 raise Rejected
             kids.append(choose(slot))
-            spent += 1 + len(KINDS[kids[-1]].slots)  # forebears' children count, cousins do not
-            joins += kids[-1] in ("and", "or")
+            n_nodes += 1 + len(KINDS[kids[-1]].slots)  # counts the children of ancestors, not of cousins
+            n_joins += kids[-1] in ("and", "or")
         n = (pick((2, 3, 4, 5, 6, 7)),) if kind == "n or more" else ()
-        return Tree(kind, tuple(grow(kid, depth + 1, spent, joins) for kid in kids), n)
+        return Tree(kind, tuple(grow(kid, depth + 1, n_nodes, n_joins) for kid in kids), n)
 
-    kind = choose(COMPLEX)
+    kind = choose(INNER)
     root = grow(kind, 1, 1 + len(KINDS[kind].slots), kind in ("and", "or"))
     below = {kid.kind for kid in root.kids}
     bare = kind in ("or", "and", "or3", "and3") and not below.isdisjoint(LITERALS)
@@ -123,23 +123,22 @@ def draw(pick: Pick, max_depth: int, max_nodes: int) -> Tree:
 
 
 def every(drawing: Callable[[Pick], Tree]) -> Iterator[tuple[Tree, float]]:
-    """All that drawing(pick) can return, each with its probability: the choices turn like an odometer."""
-    wheels: list[list] = []  # for each choice made: the (option, probability) left, the current one last
-    while True:
+    """All trees that drawing(pick) can return, each with its probability. `drawing` is run for every list of
+    choices that `pick` can make; a list that proves too short is replaced by all that are one longer."""
+    choices = [((), 1.0)]  # a stack of lists and their probabilities
+    while choices:
+        made, p = choices.pop()
         turn = itertools.count()
 
         def pick(options: tuple) -> str | int:
-            if (i := next(turn)) == len(wheels):  # noqa: B023
-                wheels.append([(o, options.count(o) / len(options)) for o in dict.fromkeys(options)])
-            return wheels[i][-1][0]
+            if (i := next(turn)) < len(made):  # noqa: B023
+                return made[i]  # noqa: B023
+            choices.extend(((*made, o), p * (options.count(o) / len(options)))  # noqa: B023
+                           for o in dict.fromkeys(options))
+            raise Rejected
 
         with contextlib.suppress(Rejected):
-            yield drawing(pick), math.prod(wheel[-1][1] for wheel in wheels)
-        while wheels and len(wheels[-1]) == 1:
-            wheels.pop()
-        if not wheels:
-            return
-        wheels[-1].pop()
+            yield drawing(pick), p
 
 
 def read(tree: Tree) -> tuple[str, str]:
@@ -163,9 +162,10 @@ def read(tree: Tree) -> tuple[str, str]:
 def generate(n: int, seed: int = 0) -> list[tuple[str, str]]:
     """n pairs (text, code), all texts distinct, in random order, the same on every machine.
 
-    The authors drew 600,000 trees of depth 2, then deeper ones, and published 10,000 texts. The time until a
-    tree turns up is exponential; so those of depth 2 are all listed and given a time, quicker than drawing.
-    Up to 10,000, a shorter list is the beginning of a longer one. ValueError: too few texts in 50 n draws.
+    The authors drew 600,000 trees of depth 2, then deeper ones, and published 10,000 texts. The number of
+    draws until a tree first turns up is about exponential; so each listed tree is kept if its random waiting
+    time is below 600,000. Up to 10,000, a shorter list is the beginning of a longer one. ValueError: too few
+    texts in 50 n draws.
     """
     rng = random.Random(seed)  # only rng.random(): Python promises no other method's numbers for ever
     pairs: dict[str, str] = {}

@@ -2,24 +2,20 @@ r"""Do two regexes describe the same strings? A parser for the dialect of NL-RX,
 
 The dialect is that of dk.brics.automaton: full match, `&` for both, `~` for not; from loose to tight `|`,
 `&`, concatenation, `* + ? {n} {n,} {n,m}`, `~`. Two regexes are compared by their derivatives (Brzozowski
-1964): the derivative of x by the letter c is what may follow c in x.
+1964): the derivative of x by the letter c is the language of what may follow c in x.
 
     >>> equal("(a|b){2,}", "[ab][ab]+"), equal("~(a)", "[^a]")
     (Verdict(equal=True, witness=None), Verdict(equal=False, witness=''))
-    >>> matches("~a*", "bb"), matches(r"\bdog\b", BOUNDARY + "dog" + BOUNDARY)  # ~a* is (~a)*
-    (True, True)
 
 But:
 - `"`, `@`, `#`, `<` are ordinary characters; brics gives them meanings that NL-RX never uses;
-- `*a`, `a|`, `[z-a]`, `a{2,1}` are errors; brics makes literals or empty languages of them;
-- `\b` is one more letter, BOUNDARY, which only `\b` and complements match, never `.` or `[^...]`; two regexes
-  are compared over it only if one of them has it. For brics it is the letter b, for Python a position.
+- `*a`, `a|`, `[z-a]`, `a{2,1}` are errors; brics reads them as literals or empty languages;
+- `\b` is one more letter, BOUNDARY. Only `\b` and complements match it, never `.` or `[^...]`, and it counts
+  only if one of the two regexes has it. For brics it is the letter b, for Python a position.
 """
-
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import sys
 import time
@@ -27,15 +23,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-BOUNDARY = "\b"  # U+0008: how strings (of `matches`, of a witness) write the symbol `\b`
-MAX_LENGTH, MAX_HEIGHT = 1_000, 50  # NL-RX itself: 54 and about 10
+BOUNDARY = "\b"  # U+0008, which stands for `\b` in a witness
+MAX_LENGTH, MAX_HEIGHT = 1_000, 50  # of a regex, of its tree; in NL-RX 54 and about 10
 TOKEN = re.compile(r"\\.|\[(?!\^\])\^?(?:\\.|[^]\\])+\]|\{[0-9]{1,4}(?:,[0-9]{0,4})?\}|.", re.DOTALL)
 Chars = tuple[bool, tuple[tuple[int, int], ...]]  # negated?, ranges of code points, both ends included
 
 
 class Node(NamedTuple):
     """A parsed regex: "chars", or "cat" (of none: the empty string), "or", "and", "not", "repeat" of kids."""
-
     kind: str
     kids: tuple[Node, ...] = ()
     chars: Chars = (False, ())
@@ -47,7 +42,7 @@ def _node(kind: str, kids: list[Node], bounds: tuple[int, int | None] = (1, 1)) 
     if len(kids) == 1 and kind in ("cat", "or", "and"):
         return kids[0]
     height = 1 + max((kid.height for kid in kids), default=0)
-    if height > MAX_HEIGHT:  # what comes after the parser recurses
+    if height > MAX_HEIGHT:  # everything after the parser is recursive
         raise ValueError(f"nested more than {MAX_HEIGHT} deep")
     return Node(kind, tuple(kids), bounds=bounds, height=height)
 
@@ -68,6 +63,7 @@ def _chars(token: str) -> Node:
 
 
 def _repeat(factors: list, token: str) -> Node:
+    """The last factor, repeated."""
     if not factors or factors[-1] == "~":
         raise ValueError(f"nothing for {token} to repeat")
     token = {"*": "{0,}", "+": "{1,}", "?": "{0,1}"}.get(token, token)
@@ -79,6 +75,7 @@ def _repeat(factors: list, token: str) -> Node:
 
 
 def _close(group: list[list[list]]) -> Node:
+    """The tree of a group whose end has come."""
     if group == [[[]]]:
         return Node("cat")
     if any(not factors or factors[-1] == "~" for both in group for factors in both):
@@ -87,7 +84,8 @@ def _close(group: list[list[list]]) -> Node:
 
 
 def _take(groups: list[list], token: str) -> None:
-    """One token more. groups: the open ones > alternatives > intersected > factors and waiting "~"."""
+    """Read one token. `groups` are the parentheses still open, outermost first. A group is a list of
+    alternatives, these are lists of operands of `&`, and these of factors: a Node, or a "~" before one."""
     factors = groups[-1][-1][-1]
     if token == "(":
         groups.append([[[]]])
@@ -104,7 +102,7 @@ def _take(groups: list[list], token: str) -> None:
     else:
         node = _close(groups.pop()) if token == ")" else _chars(token)
         factors = groups[-1][-1][-1]
-        while factors and factors[-1] == "~":  # at once: it binds tightest
+        while factors and factors[-1] == "~":  # at once, since it binds tightest
             node = _node("not", [node])
             factors.pop()
         factors.append(node)
@@ -113,7 +111,7 @@ def _take(groups: list[list], token: str) -> None:
 def parse(regex: str) -> Node:
     """The tree of a regex; the empty regex is the empty string, as `()` is.
 
-    ValueError: malformed, longer than MAX_LENGTH or nested beyond MAX_HEIGHT; one line, with the position.
+    ValueError, one line with the position: malformed, longer than MAX_LENGTH or deeper than MAX_HEIGHT.
     """
     groups: list[list] = [[[[]]]]
     at = 0
@@ -131,7 +129,7 @@ def parse(regex: str) -> Node:
         raise ValueError(f"position {at} of the regex: {error}") from None
 
 
-# ---- the derivatives ---------------------------------------------------------------------------------------
+# ---- derivatives -------------------------------------------------------------------------------------------
 
 
 class Form:
@@ -139,7 +137,7 @@ class Form:
 
     def __init__(self, number: int, kind: str, parts: tuple, has_empty: bool):
         self.number, self.kind, self.parts, self.has_empty = number, kind, parts, has_empty
-        self.slopes: dict[int, Form] = {}  # letter -> derivative, as far as known
+        self.derivatives: dict[int, Form] = {}  # by letter, those computed so far
 
 
 def _all_chars(node: Node) -> Iterator[Chars]:
@@ -152,12 +150,10 @@ def _member(code: int, chars: Chars) -> bool:
 
 
 class Algebra:
-    """Languages over an alphabet of letters; a letter is all characters that the given trees treat alike.
+    """The languages of some trees and their derivatives. A letter of its alphabet is the class of all
+    characters that these trees do not tell apart. TimeoutError once max_forms or the seconds are used up."""
 
-    TimeoutError: the forms or the seconds are used up.
-    """
-
-    def __init__(self, trees: list[Node], max_forms: float = math.inf, seconds: float = math.inf):
+    def __init__(self, trees: list[Node], max_forms: int, seconds: float):
         self.max_forms, self.deadline = max_forms, time.monotonic() + seconds
         self.forms: dict[tuple, Form] = {}
         sets = list(dict.fromkeys(itertools.chain(*map(_all_chars, trees))))
@@ -165,7 +161,7 @@ class Algebra:
         cuts = {0, edge + 1, *(cut for _, ranges in sets for a, b in ranges for cut in (a, b + 1))}
         if any(_member(edge, chars) for chars in sets):
             cuts.add(edge)
-        letters: dict[tuple[bool, ...], list[str]] = {}  # in which of the sets -> where such characters begin
+        letters: dict[tuple[bool, ...], list[str]] = {}  # which sets hold it -> its characters at the cuts
         for cut in sorted(cuts - {sys.maxunicode + 1}):
             letters.setdefault(tuple(_member(cut, chars) for chars in sets), []).append(chr(cut))
         self.letters = [max(some, key=lambda c: (c.isalnum(), c.isprintable())) for some in letters.values()]
@@ -190,7 +186,7 @@ class Algebra:
         return parts[0] if len(parts) == 1 else self.form("cat", parts, all(x.has_empty for x in parts))
 
     def join(self, kind: str, forms: Iterable[Form]) -> Form:
-        """x|y or x&y, the same in any order, grouping, repetition: so derivatives stay finitely many."""
+        """x|y or x&y, whatever the order, grouping and repetition: so the derivatives are finitely many."""
         parts = {part for x in forms for part in (x.parts if x.kind == kind else (x,))}
         neutral, absorbing = (self.nothing, self.anything) if kind == "or" else (self.anything, self.nothing)
         if absorbing in parts or any(x.kind == "not" and x.parts[0] in parts for x in parts):
@@ -213,43 +209,32 @@ class Algebra:
         return self.form("repeat", (x, low, high), low == 0)
 
     def build(self, node: Node) -> Form:
-        kids = [self.build(kid) for kid in node.kids]
         if node.kind == "chars":
             return self.form("chars", (self.masks[node.chars],), False)
+        kids = [self.build(kid) for kid in node.kids]
         if node.kind == "repeat":
             return self.repeat(*kids, *node.bounds)
         if node.kind == "not":
             return self.complement(*kids)
         return self.cat(*kids) if node.kind == "cat" else self.join(node.kind, kids)
 
-    def slope(self, x: Form, letter: int) -> Form:
-        """The derivative of x by the letter."""
-        if letter not in x.slopes:
-            x.slopes[letter] = self._slope(x, letter)
-        return x.slopes[letter]
+    def derivative(self, x: Form, letter: int) -> Form:
+        if letter not in x.derivatives:
+            x.derivatives[letter] = self._derivative(x, letter)
+        return x.derivatives[letter]
 
-    def _slope(self, x: Form, letter: int) -> Form:
+    def _derivative(self, x: Form, letter: int) -> Form:
         if x.kind == "chars":
             return self.empty if x.parts[0] >> letter & 1 else self.nothing
         if x.kind == "repeat":  # right even if y has the empty string: empty copies may as well come last
             y, low, high = x.parts
-            return self.cat(self.slope(y, letter), self.repeat(y, max(low - 1, 0), high and high - 1))
-        if x.kind == "cat":  # the letter is in the first part, or later if all before it can be empty
+            return self.cat(self.derivative(y, letter), self.repeat(y, max(low - 1, 0), high and high - 1))
+        if x.kind == "cat":  # the letter is in the first part, or in a later one if all before can be empty
             n_empty = sum(1 for _ in itertools.takewhile(lambda part: part.has_empty, x.parts))
             heads = enumerate(x.parts[: n_empty + 1], 1)
-            return self.join("or", [self.cat(self.slope(part, letter), *x.parts[i:]) for i, part in heads])
-        slopes = [self.slope(part, letter) for part in x.parts]
-        return self.complement(*slopes) if x.kind == "not" else self.join(x.kind, slopes)
-
-
-def matches(regex: str, string: str) -> bool:
-    """Is the whole string in the language: is the empty string in the derivative by all its characters?"""
-    tree, chars = parse(regex), [Node("chars", chars=(False, ((ord(c), ord(c)),))) for c in string]
-    algebra = Algebra([tree, *chars])
-    form = algebra.build(tree)
-    for char in chars:  # in a set of one character, so in a letter of its own
-        form = algebra.slope(form, algebra.masks[char.chars].bit_length() - 1)
-    return form.has_empty
+            return self.join("or", [self.cat(self.derivative(y, letter), *x.parts[i:]) for i, y in heads])
+        kids = [self.derivative(part, letter) for part in x.parts]
+        return self.complement(*kids) if x.kind == "not" else self.join(x.kind, kids)
 
 
 class Verdict(NamedTuple):
@@ -274,7 +259,7 @@ def _compare(algebra: Algebra, x: Form, y: Form) -> Verdict:
         if find(x) is not find(y):
             leader[find(x)] = find(y)
             for i, char in enumerate(algebra.letters):
-                queue.append((algebra.slope(x, i), algebra.slope(y, i), path + char))
+                queue.append((algebra.derivative(x, i), algebra.derivative(y, i), path + char))
     return Verdict(True, None)
 
 
