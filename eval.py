@@ -116,7 +116,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limit
         if 2 * len(going) < len(rows):  # finished rows cost as much as others: drop them now and then
             left = torch.tensor(going, device=device)
             rows, tokens, first = [rows[r] for r in going], tokens[left], first[left]
-            cache.keep(left)
+            cache.select(left)
         mask = column[:now + 1] >= first  # (B, S)
         hidden = model(tokens[:, None], now - first, mask[:, None, None], cache)
     return [Answer(w, s) for w, s in zip(written, stopped, strict=True)]
