@@ -5,8 +5,7 @@
     lay_out           the same as one row of segments, a tree (jepa_loss.py has the picture)
     collate_three     many pairs as the three batches of jepa_loss.three_pass
     collate_fused     many pairs as rows of segments for jepa_loss.fused
-    Sampler           which pairs a step takes, fixed by (seed, step)
-    micro_batches     the batches of a step
+    micro_batches     the batches of a step, whose pairs are fixed by (seed, step)
 
     python data.py show nlrx_synth          one pair: tokens, segments, labels, attention picture
     python data.py download nlrx_synth      fetch the published files at a pinned commit and check them
@@ -18,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,7 +29,7 @@ from jepa_loss import dense_mask
 from support import distributed
 from support.files import BadInput, main_guard
 from support.settings import opt, parse_options
-from support.speed import Shape, pad_to
+from support.speed import Sampler, Shape, pack, pad_to
 from support.tokenizer import FORMATS, Tokenizer, train_bpe
 from tasks.datasets import PUBLISHED, Dataset, Example, dataset_paths, download, read_jsonl
 
@@ -279,20 +278,6 @@ def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePass
         n_pairs=len(examples), n_real=sum(lengths), n_visible=sum(n * (n + 1) // 2 for n in lengths))
 
 
-def pack(lengths: list[int], row_len: int) -> list[list[int]]:
-    """Rows of example numbers, each of at most row_len tokens (or one longer example): longest first, each
-    into the first row with room."""
-    rows, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max(row_len, lengths[i]))
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return rows
-
-
 def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int = 0) -> FusedBatch:
     """Rows of one example each, or of as many as fit into row_len tokens."""
     trees = [lay_out(views, has) for views, has in zip(examples, has_views, strict=True)]
@@ -337,32 +322,6 @@ def tube_positions(batch: Batch, draws: np.ndarray) -> Tensor:
 
 
 # ---- all pairs: which ones a step takes --------------------------------------------------------------------
-
-class Sampler:
-    """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
-    batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
-        self.steps_per_epoch = -(-len(lengths) // batch_size)
-        self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
-
-    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
-        generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.lengths))
-        batches = []
-        for start in range(0, len(order), 16 * self.batch_size):
-            pool = order[start:start + 16 * self.batch_size]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            batches += [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        return [batches[i] for i in generator.permutation(len(batches))]
-
-    def indices(self, step: int) -> np.ndarray:
-        """Example numbers of step 0, 1, ..., sorted by length; an epoch's last pool may end in a smaller
-        batch."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        return self.epoch_batches(epoch)[i]
-
 
 def loss_dropout(n: int, alpha: float, seed: int, step: int) -> np.ndarray:
     """Which of the n examples of a step keep their views: each with probability 1 - alpha, whatever the

@@ -29,7 +29,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +38,10 @@ from jepa_loss import gather, ntp
 from model import KVCache, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, write_text
+from support.geometry import linear_map_error, rank_me
 from support.runs import read_run, run_summary
 from support.settings import opt, parse_options
-from support.tables import table
+from support.tables import table, to_hex
 from support.tokenizer import FORMATS, Tokenizer
 from tasks.datasets import Dataset, Example, announce, load_dataset
 from tasks.scorers import check_databases, scorer_of
@@ -136,16 +136,6 @@ def answer_texts(model: Transformer, tokenizer: Tokenizer, examples: list[Exampl
 
 # ---- what answers are worth --------------------------------------------------------------------------------
 
-def to_hex(flags: list[bool]) -> str:
-    """A bit per item, the first the highest of the first byte."""
-    return np.packbits(flags).tobytes().hex()
-
-
-def from_hex(text: str, n: int) -> np.ndarray:
-    """(n,) verdicts, 0 or 1, of to_hex."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n]
-
-
 def score(examples: list[Example], answers: list[str], stopped: list[bool], leaked: set[tuple[str, str]],
           scorer: tuple[str, Callable] | None = None) -> dict:
     """Shares of the examples, 0 to 1, as this file's docstring defines them, and under "items" each share's
@@ -198,14 +188,6 @@ def view_targets(examples: list[Example], reverse: bool) -> list[str]:
     return [e.text_view or e.text if reverse else e.code_view or e.code for e in examples]
 
 
-def rank_me(x: Tensor) -> float:
-    """RankMe (arXiv 2210.02885): exp of the entropy of the singular values' shares, between 1 (collapsed) and
-    min(N, C). x (N, C)."""
-    singular = torch.linalg.svdvals(x.double())
-    share = singular / singular.sum().clamp(min=1e-12) + 1e-7
-    return float(torch.exp(-(share * share.log()).sum()))
-
-
 def collapse_report(pred: Tensor, enc: Tensor, targets: list[str]) -> dict[str, float]:
     """What the cosine is worth: the same cosine of mismatched pairs, retrieval and rank.
 
@@ -222,19 +204,6 @@ def collapse_report(pred: Tensor, enc: Tensor, targets: list[str]) -> dict[str, 
     found = sum(targets[i] == targets[j] for i, j in enumerate(nearest))
     return {"cos_paired": paired, "cos_shuffled": shuffled, "cos_gap": paired - shuffled,
             "retrieval_at_1": found / len(targets), **ranks}
-
-
-def linear_map_error(x: Tensor, y: Tensor) -> float:
-    """Held-out error of a least-squares map x -> y with a constant, relative to predicting the mean of y: 0
-    if y is a linear function of x, 1 if x says nothing that is linear. Fitted on one half of the pairs,
-    tested on the other, and the other way round. x, y (N, C) with N > 2 C + 2."""
-    x, y = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double(), y.double()
-    half, errors = len(x) // 2, []
-    for train, test in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-        fitted = torch.linalg.lstsq(x[train], y[train], driver="gelsd").solution
-        error = (x[test] @ fitted - y[test]).square().sum()
-        errors.append(error / (y[train].mean(0) - y[test]).square().sum())
-    return float(sum(errors) / 2)
 
 
 def analyse(text: Tensor, pred: Tensor, enc: Tensor, targets: list[str]) -> dict:

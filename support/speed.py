@@ -1,15 +1,18 @@
-"""What keeps a processor busy, and is no part of the method: number types, batches that a thread makes ahead
-of the step, and one shape for all batches, so that a compiled step is compiled once.
+"""What keeps a processor busy, and is no part of the method: number types, batches of similar lengths, rows
+that are filled up, batches that a thread makes ahead of the step, and one shape for all of them, so that a
+compiled step is compiled once.
 
 A batch is a dataclass of tensors: (B, T) with B rows of T tokens, or flat positions, row * T + column, whose
 names end in _at.
 """
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +33,46 @@ def forward_dtype(name: str, device: torch.device) -> str:
 def set_precision(dtype: str) -> None:
     """Whether float32 products may be rounded; scores never come from such ones."""
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
+class Sampler:
+    """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
+    batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
+
+    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), 16 * self.batch_size):
+            pool = order[start:start + 16 * self.batch_size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def indices(self, step: int) -> np.ndarray:
+        """Example numbers of step 0, 1, ..., sorted by length; an epoch's last pool may end in a smaller
+        batch."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.epoch_batches(epoch)[i]
+
+
+def pack(lengths: list[int], row_len: int) -> list[list[int]]:
+    """Rows of example numbers, each of at most row_len tokens (or one longer example): longest first, each
+    into the first row with room."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(row_len, lengths[i]))
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
 
 
 def prefetch(make: Callable[[int], list], steps: range) -> Iterator[list]:

@@ -1,4 +1,5 @@
-"""Tables of scores, in Markdown."""
+"""Tables of scores, in Markdown, and verdicts on many items, in hex."""
+import numpy as np
 
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
 COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
@@ -37,3 +38,13 @@ def brief(result: dict) -> str:
     if "cos_paired" in result:
         parts.append(f"cosine {result['cos_paired']:.3f} (mismatched pairs {result['cos_shuffled']:.3f})")
     return ", ".join(parts)
+
+
+def to_hex(flags: list[bool]) -> str:
+    """A bit per item, the first the highest of the first byte."""
+    return np.packbits(flags).tobytes().hex()
+
+
+def from_hex(text: str, n: int) -> np.ndarray:
+    """(n,) verdicts, 0 or 1, of to_hex."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n]

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import score_run
+from eval import score_run  # noqa: E402
 from support.tables import table  # noqa: E402
 
 SEEDS = (82, 23, 37)

@@ -8,13 +8,14 @@ import torch
 import eval
 import train
 from data import ViewOptions, collate_fused, render_views
-from eval import Answer, EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate, from_hex
-from eval import generate, generate_slow, linear_map_error, rank_me, score, to_hex
+from eval import Answer, EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
+from eval import generate, generate_slow, score
 from jepa_loss import dense_mask, gather
 from model import KVCache
 from support.distributed import pick_device
 from support.files import BadInput, main_guard
-from support.tables import table
+from support.geometry import linear_map_error, rank_me
+from support.tables import from_hex, table, to_hex
 from tasks import datasets, nlrx, regexes
 from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id
 from tasks.scorers import scorer_of
@@ -24,8 +25,8 @@ from tasks.scorers import scorer_of
 def test_cached_answers_equal_uncached_ones(tiny, monkeypatch):
     """Float64; prompts of many lengths, answers that stop at many places. When more than half of a batch has
     stopped, its rows leave the cache, and the others go on as before."""
-    model, g, dropped, keep = tiny(0), torch.Generator().manual_seed(1), [], KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: dropped.append(len(rows)) or keep(cache, rows))
+    model, g, dropped, keep = tiny(0), torch.Generator().manual_seed(1), [], KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda cache, rows: dropped.append(len(rows)) or keep(cache, rows))
     prompts = [torch.randint(250, (n,), generator=g).tolist() for n in (1, 9, 2, 30, 17, 9, 4, 12, 5, 25)]
     free = [generate_slow(model, p, -1, 20).ids for p in prompts]
     # stops the most of them
