@@ -38,10 +38,12 @@ from tasks.datasets import PUBLISHED, Dataset, Example, dataset_paths, download,
 @dataclass
 class ViewOptions:
     """How a pair becomes token ids: what train.Config, eval.py and `data.py show` share."""
-    k: int = opt(1, "predictor tokens; 0: Pred is the identity", group="objective", needs="lam", low=0)
+    k: int = opt(1, "predictor tokens; 0: none", group="objective", needs="lam|reg_weight", low=0)
     pred_first: bool = opt(False, "[PRED] in front of Text, pred is Text's last token (an ablation)",
-                           group="objective", needs="lam k")
-    reverse: bool = opt(False, "Code predicts Text (an ablation)", group="objective", needs="lam")
+                           group="objective", needs="lam|reg_weight k")
+    reverse: bool = opt(False, "Code predicts Text (an ablation)", group="objective", needs="lam|reg_weight")
+    pool: Literal["last", "mean"] = opt("last", "which hidden states embed a view: its last token's, or all",
+                                        group="objective", needs="lam|reg_weight")
     ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code", needs="gamma",
                                          group="labels")
     train_eos: bool = opt(True, "is the end token a target? (off: the official labels, an ablation)",
@@ -58,6 +60,7 @@ class Views(NamedTuple):
     stem: list[int]  # the view that predicts, without the [PRED] after it: <|begin|> TEXT
     preds: list[int]  # the [PRED] tokens that continue it; empty with pred_first, which has them in the stem
     enc: list[int]  # the view that is predicted: <|begin|> CODE
+    pool: str = "last"  # which of a view's tokens embed it: the last one, or all (mean)
 
 
 def render_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
@@ -94,8 +97,8 @@ def render_views(example: Example, tokenizer: Tokenizer, o: ViewOptions = DEFAUL
     preds = [tokenizer.vocab_size + i for i in range(o.k)]
     enc = openings[1] + views[1]
     if o.pred_first:
-        return Views(main, labels, openings[0] + preds + views[0], [], enc)
-    return Views(main, labels, openings[0] + views[0], preds, enc)
+        return Views(main, labels, openings[0] + preds + views[0], [], enc, o.pool)
+    return Views(main, labels, openings[0] + views[0], preds, enc, o.pool)
 
 
 def own_tokenizer(examples: Iterable[Example], vocab_size: int, format: str = "auto") -> Tokenizer:
@@ -142,19 +145,24 @@ def fit_splits(data: Dataset, *arguments) -> np.ndarray:
 
 @dataclass
 class Tree:
-    """One pair as a row of segments, numbered from 0; pred_at, enc_at: the last token of each view."""
+    """One pair as a row of segments, numbered from 0; pred_at, enc_at: the tokens that embed each view."""
     ids: list[int]
     labels: list[int]
     positions: list[int]
     segment: list[int]
     parent: list[int]
-    pred_at: int | None = None
-    enc_at: int | None = None
+    pred_at: Sequence[int] = ()
+    enc_at: Sequence[int] = ()
 
     def n_visible(self) -> int:
         """How many (query, key) pairs jepa_loss.visible shows."""
         parents, n = dict(zip(self.segment, self.parent, strict=True)), Counter(self.segment)
         return sum(n[s] * (n[s] + 1) // 2 + (n[s] * n[p] if p != s else 0) for s, p in parents.items())
+
+
+def embedding_tokens(tokens: Sequence[int], pool: str) -> Sequence[int]:
+    """Which of a view's tokens embed it."""
+    return tokens if pool == "mean" else tokens[-1:]
 
 
 def lay_out(views: Views, has_views: bool = True) -> Tree:
@@ -178,19 +186,19 @@ def lay_out(views: Views, has_views: bool = True) -> Tree:
     if views.stem == views.main[:n]:
         stem = add(views.stem)
         add(views.main[n:], stem, n)
-        tree.pred_at = n - 1
+        pred_at = [*range(n)]
     else:
         add(views.main)
         stem = add(views.stem)
-        tree.pred_at = len(tree.ids) - 1
-    if views.preds:
-        add(views.preds, stem, n)
-        tree.pred_at = len(tree.ids) - 1
-    if views.enc == views.main[:len(views.enc)]:
-        tree.enc_at = len(views.enc) - 1
-    else:
+        pred_at = [*range(len(tree.ids) - n, len(tree.ids))]
+    add(views.preds, stem, n)
+    pred_at += range(len(tree.ids) - len(views.preds), len(tree.ids))
+    end = len(views.enc)
+    if views.enc != views.main[:end]:
         add(views.enc)
-        tree.enc_at = len(tree.ids) - 1
+        end = len(tree.ids)
+    tree.pred_at = embedding_tokens(pred_at, views.pool)
+    tree.enc_at = embedding_tokens(range(end - len(views.enc), end), views.pool)
     tree.labels += [-100] * (len(tree.ids) - len(tree.labels))
     return tree
 
@@ -205,17 +213,13 @@ class Batch:
     label_at: Tensor  # (M,) where labels is not -100
     main_at: Tensor  # (examples,) the first token of each example's main
     lengths: Tensor  # (examples,) tokens of main
-    pred_at: Tensor | None = None  # (N,) the last token of each view; None: no views
+    pred_at: Tensor | None = None  # (N,) what embeds each view, see jepa_loss.gather; None: no views
     enc_at: Tensor | None = None  # (N,)
-    tube_at: Tensor | None = None  # (3, examples), see jepa_loss.tube
+    tube_at: Tensor | None = None  # (3 or 4, examples), see jepa_loss.tube and patch
     n_tokens: int  # labels
     n_pairs: int  # examples, those without views included
     n_real: int  # tokens that are no pads
     n_visible: int  # (query, key) pairs among them that attention needs
-
-    def count(self, term: str) -> int:
-        """What the sum of a term is divided by."""
-        return self.n_tokens if term == "ntp" else self.n_pairs
 
     def to(self, device: torch.device, wait: bool = False):
         """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting for it."""
@@ -251,6 +255,14 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def positions_at(tokens: list[Sequence[int]]) -> Tensor | None:
+    """What jepa_loss.gather takes: (N,) if there is one token each, else (N, most), filled up with -1."""
+    if not tokens:
+        return None
+    at = pad([list(each) for each in tokens], -1)
+    return at[:, 0] if at.shape[1] == 1 else at
+
+
 def labelled(labels: Tensor) -> Tensor:
     """(B, T) -> (M,): the flat positions that have a label."""
     return (labels.flatten() != -100).nonzero().squeeze(1)
@@ -260,11 +272,13 @@ def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePass
     """has_views: False where loss dropout or lam = 0 took them away. Pads are 0: causal attention and labels
     keep them out, whatever their id."""
     def padded(rows: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
-        """ids (N, T), and the flat position of each row's last token."""
+        """ids (N, T), and the flat positions of the tokens that embed each row."""
         if not rows:
             return None, None
-        ids = pad(rows, 0)
-        return ids, torch.tensor([b * ids.shape[1] + len(row) - 1 for b, row in enumerate(rows)])
+        ids, pool = pad(rows, 0), examples[0].pool
+        T = ids.shape[1]
+        return ids, positions_at([embedding_tokens(range(b * T, b * T + len(row)), pool)
+                                  for b, row in enumerate(rows)])
 
     mains, labels = [v.main for v in examples], pad([v.labels for v in examples], -100)
     with_views = [v for v, has in zip(examples, has_views, strict=True) if has]
@@ -298,9 +312,9 @@ def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int
             segment[b, start:end] = np.add(tree.segment, first)
             parent[b, start:end] = np.add(tree.parent, first)
             main_at[i] = b * T + start
-            if tree.pred_at is not None:
-                pred_at.append(b * T + start + tree.pred_at)
-                enc_at.append(b * T + start + tree.enc_at)
+            if tree.pred_at:
+                pred_at.append([b * T + start + at for at in tree.pred_at])
+                enc_at.append([b * T + start + at for at in tree.enc_at])
             start, first = end, first + tree.segment[-1] + 1
     ids, labels, positions, segment, parent = map(torch.from_numpy, (ids, labels, positions, segment, parent))
     if not row_len and not any(has_views):
@@ -309,15 +323,18 @@ def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int
     return FusedBatch(
         ids=ids, labels=labels, label_at=label_at, positions=positions, segment=segment, parent=parent,
         main_at=torch.from_numpy(main_at), lengths=torch.tensor([len(v.main) for v in examples]),
-        pred_at=torch.tensor(pred_at) if pred_at else None, enc_at=torch.tensor(enc_at) if enc_at else None,
+        pred_at=positions_at(pred_at), enc_at=positions_at(enc_at),
         n_tokens=len(label_at), n_pairs=len(examples), n_real=sum(lengths),
         n_visible=sum(tree.n_visible() for tree in trees))
 
 
-def tube_positions(batch: Batch, draws: np.ndarray) -> Tensor:
+def tube_positions(batch: Batch, draws: np.ndarray, form: str = "paper") -> Tensor:
     """(3, examples), flat: positions s < r < t of each example's main (3 tokens or more), from draws
-    (examples, 3), each uniform in [0, 1)."""
-    places = (np.sort(draws, axis=1) * (batch.lengths.numpy()[:, None] - 2)).astype(np.int64) + [0, 1, 2]
+    (examples, 3), each uniform in [0, 1). form "released": (4, examples), see jepa_loss.patch."""
+    n = batch.lengths.numpy()[:, None]
+    places = (np.sort(draws, axis=1) * (n - 2)).astype(np.int64) + [0, 1, 2]
+    if form == "released":
+        places = np.concatenate([0 * n, places[:, :2], n - 1], axis=1)
     return torch.from_numpy((places + batch.main_at.numpy()[:, None]).T.copy())
 
 
@@ -339,7 +356,9 @@ def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
     """
     indices = sampler.indices(step)
     n = len(indices)
-    has_views = loss_dropout(n, c.alpha, c.seed, step) if c.lam else np.zeros(n, dtype=bool)
+    has_views = loss_dropout(n, c.alpha, c.seed, step)
+    if not c.lam and not c.reg_weight:
+        has_views[:] = False
     draws = np.random.default_rng([c.seed, step, 3]).random((n, 3))
     mine = np.arange(distributed.rank, n, distributed.world)
     size, batches = c.micro_batch or n, []
@@ -352,7 +371,7 @@ def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
         for part in parts:
             batch = collate([views(int(indices[i])) for i in part], has_views[part])
             batch = pad_to(batch, shape) if shape else batch
-            batch.tube_at = tube_positions(batch, draws[part]) if c.stp else None
+            batch.tube_at = tube_positions(batch, draws[part], c.stp_form) if c.stp else None
             batches.append(batch)
     return batches
 
@@ -373,7 +392,7 @@ def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool 
                 f"{'' if label == -100 else tokenizer.name(label):{width}} "
                 + "".join("#" if mask[i, j] else "." for j in range(T)))
         line += "".join(f" <- {view}" for view, at in (("pred", batch.pred_at), ("enc", batch.enc_at))
-                        if row * T + i in at)
+                        if row * T + i in at.flatten())
         lines.append(f"\033[3{1 + segment % 6}m{line}\033[0m" if colour else line)
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
     dfa_equal     (regexes) it describes the same set of strings
     correct       (other datasets) what their scorer says, see tasks/scorers.py
     undecided     how many of these a scorer could not decide; they count as wrong
+    p_end         mean probability of the end token right after the target: does the model know when to stop?
     ntp           (text alone: paraphrase) mean next-token loss, in place of all of the above
 """
 import hashlib
@@ -33,12 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, render_prompt, render_views
-from jepa_loss import gather, ntp
+from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, pad, render_prompt, render_views
+from jepa_loss import encode, gather, ntp
 from model import KVCache, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, write_text
-from support.geometry import linear_map_error, rank_me
+from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.runs import read_run, run_summary
 from support.settings import opt, parse_options
 from support.tables import table, to_hex
@@ -167,6 +168,20 @@ def mean_ntp(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
     return total / n
 
 
+@torch.inference_mode()
+def mean_p_end(model: Transformer, tokenizer: Tokenizer, examples: list[Example], chunk: int = 64) -> float:
+    """Probability of the end token after prompt and target, whatever the model itself would have written."""
+    total, end = 0.0, tokenizer.format.end
+    rows = sorted((render_prompt(e, tokenizer) + tokenizer.encode(e.code) for e in examples), key=len)
+    for start in range(0, len(rows), chunk):
+        part = rows[start:start + chunk]
+        ids = pad(part, 0).to(model.device)  # (B, T)
+        last = torch.tensor([b * ids.shape[1] + len(row) - 1 for b, row in enumerate(part)])
+        logits = model.head(gather(model(ids), last.to(model.device))).float()  # (B, V)
+        total += logits.softmax(-1)[:, end].sum().item()
+    return total / len(rows)
+
+
 # ---- embeddings: did they collapse? ------------------------------------------------------------------------
 
 @torch.inference_mode()
@@ -178,8 +193,9 @@ def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example
     for start in range(0, len(views), chunk):
         part = views[start:start + chunk]
         batch = collate_three(part, [True] * len(part)).to(model.device)
-        pred.append(gather(model(batch.pred_ids), batch.pred_at))
-        enc.append(gather(model(batch.enc_ids), batch.enc_at))
+        predict = model.predictor or (lambda x: x)
+        pred.append(predict(gather(encode(model, batch.pred_ids)[1], batch.pred_at)))
+        enc.append(gather(encode(model, batch.enc_ids)[1], batch.enc_at))
     return torch.cat(pred).cpu(), torch.cat(enc).cpu()
 
 
@@ -189,12 +205,13 @@ def view_targets(examples: list[Example], reverse: bool) -> list[str]:
 
 
 def collapse_report(pred: Tensor, enc: Tensor, targets: list[str]) -> dict[str, float]:
-    """What the cosine is worth: the same cosine of mismatched pairs, retrieval and rank.
+    """What the cosine is worth: the same cosine of mismatched pairs, retrieval, rank, alignment, uniformity.
 
     pred, enc (N, C): N >= 2 pairs; targets: what enc embeds, so that an identical one counts as found.
     Mismatched are pair i and the target of i + 1, where that is another one (all i, if it never is).
     """
-    ranks = {"rank_pred": rank_me(pred), "rank_enc": rank_me(enc)}
+    more = {"rank_pred": rank_me(pred), "rank_enc": rank_me(enc), "alignment": alignment(pred, enc),
+            "uniformity_pred": uniformity(pred), "uniformity_enc": uniformity(enc)}
     pred, enc = F.normalize(pred.double(), dim=-1), F.normalize(enc.double(), dim=-1)
     paired = (pred * enc).sum(-1).mean().item()
     other = [a != b for a, b in zip(targets, targets[1:] + targets[:1], strict=True)]
@@ -203,7 +220,7 @@ def collapse_report(pred: Tensor, enc: Tensor, targets: list[str]) -> dict[str, 
     nearest = (pred @ enc.T).argmax(1).tolist()
     found = sum(targets[i] == targets[j] for i, j in enumerate(nearest))
     return {"cos_paired": paired, "cos_shuffled": shuffled, "cos_gap": paired - shuffled,
-            "retrieval_at_1": found / len(targets), **ranks}
+            "retrieval_at_1": found / len(targets), **more}
 
 
 def analyse(text: Tensor, pred: Tensor, enc: Tensor, targets: list[str]) -> dict:
@@ -241,6 +258,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, o: ViewOpt
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
         result = score(test, answers, stopped, data.leaked, scorer_of(data.name, data.folder))
+        result["p_end"] = mean_p_end(model, tokenizer, test)
     sample = test[:COLLAPSE_ITEMS]
     if len(sample) > 1:
         result |= collapse_report(*embed_pairs(model, tokenizer, sample, o), view_targets(sample, o.reverse))
@@ -286,6 +304,7 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     model = Transformer.from_pretrained(folder, torch.float32)
+    model.embed_layer = run["config"].get("layer", -1) if run else -1
     format = run["config"].get("format", "auto") if run and o.format == "auto" else o.format
     tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
     return model.to(pick_device(o.device)).eval(), tokenizer, run

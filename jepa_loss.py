@@ -6,7 +6,8 @@ the data, Code, from another, Text.
     ntp              L_LLM: cross-entropy of the next token of Text, Code
     gather           Enc(x): the hidden state, after the final norm, of the last token of x, where x is seen
                      alone; Pred: that of the last of k tokens [PRED] that continue Text
-    cosine, l2, ...  d
+    cosine, l2, ...  d, of a pair (DISTANCES)
+    vicreg, sigreg   what keeps the embeddings of a batch apart (REGULARISERS); not in the paper
     three_pass       the terms as the paper writes them: one forward each for L_LLM, Text [PRED] and Code
     fused            the same terms from one forward of one row, where a mask keeps the views apart
 
@@ -42,11 +43,15 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def gather(hidden: Tensor, at: Tensor) -> Tensor:
-    """Hidden states (N, C) at the flat positions at (N,), row * T + column, of hidden (B, T, C).
+    """Hidden states (N, C) at the flat positions at (N,), row * T + column, of hidden (B, T, C); or, of at
+    (N, L), the means over L positions, of which -1 is none.
 
     F.embedding and not `hidden[at]`: the backward of an indexed read is not deterministic on several threads.
     """
-    return F.embedding(at, hidden.flatten(0, 1))
+    if at.dim() == 1:
+        return F.embedding(at, hidden.flatten(0, 1))
+    real = (at >= 0)[..., None]  # (N, L, 1)
+    return (F.embedding(at.clamp(min=0), hidden.flatten(0, 1)) * real).sum(1) / real.sum(1)
 
 
 def ntp(head: Callable, hidden: Tensor, labels: Tensor, label_at: Tensor) -> Tensor:
@@ -95,6 +100,46 @@ def stop_gradient(distance: Callable) -> Callable:
     return lambda pred, enc: distance(pred, enc.detach())
 
 
+# r(pred, enc), each (N, C) -> a number for the whole batch
+
+def vicreg(pred: Tensor, enc: Tensor) -> Tensor:
+    """Variance and covariance terms of VICReg (arXiv 2105.04906), of both sides, 25 to 1 as there: every
+    component shall have a deviation of 1 at least, and no two be correlated."""
+    total = 0.0
+    for x in (upcast(pred), upcast(enc)):
+        x = x - x.mean(0)
+        covariance = x.T @ x / (len(x) - 1)  # (C, C)
+        variance = covariance.diagonal()
+        off_diagonal = covariance.square().sum() - variance.square().sum()
+        total = total + F.relu(1 - (variance + 1e-4).sqrt()).mean() + off_diagonal / x.shape[1] / 25
+    return total
+
+
+def sigreg(pred: Tensor, enc: Tensor, slices: int = 64) -> Tensor:
+    """SIGReg of LeJEPA (arXiv 2511.08544), the mean of both sides: how far random projections are from a
+    standard normal. Each is judged by the Epps-Pulley statistic, the integral of |phi(t) - exp(-t^2 / 2)|^2
+    exp(-t^2 / 2), phi the projection's empirical characteristic function; LeJEPA multiplies it by N, here the
+    weight does. The directions come from torch's generator, which the loop seeds by (seed, step).
+
+    A batch is scaled by sqrt(C) over its root mean square norm and not centred: only so a collapsed one is
+    seen, whatever the length of its vectors.
+    """
+    t = torch.linspace(-5, 5, 21, device=pred.device)
+    normal, total = torch.exp(-t.square() / 2), 0.0
+    for x in (upcast(pred), upcast(enc)):
+        x = x * (x.shape[1] / x.square().sum(1).mean()) ** 0.5
+        direction = F.normalize(torch.randn(x.shape[1], slices, device=x.device, dtype=x.dtype), dim=0)
+        angle = (x @ direction)[..., None] * t.to(x.dtype)  # (N, slices, 21)
+        gap = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()  # (slices, 21)
+        total = total + torch.trapezoid(gap * normal, t, dim=-1).mean() / 2
+    return total
+
+
+REGULARISERS = {"vicreg": vicreg, "sigreg": sigreg}
+
+
+# terms of the hidden states of Text, Code alone
+
 def tube(hidden: Tensor, at: Tensor) -> Tensor:
     """Semantic Tube Prediction (arXiv 2602.22617): 1 - cos(h_t - h_r, h_r - h_s), so that the hidden states
     of a sequence run straight ahead. hidden (B, T, C); at (3, N): flat positions s < r < t -> (N,)."""
@@ -102,18 +147,52 @@ def tube(hidden: Tensor, at: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(t - r, r - s, dim=-1)
 
 
+def patch(hidden: Tensor, at: Tensor) -> Tensor:
+    """Semantic Tube Prediction as its authors released it, here over all of Text, Code: 1 - cos(before +
+    after, patch), where s and t cut the sequence into three. at (4, N): its first token, s, t, its last ->
+    (N,)."""
+    first, s, t, last = (upcast(gather(hidden, which)) for which in at)
+    return 1 - F.cosine_similarity(s - first + last - t, t - s, dim=-1)
+
+
 def main_terms(model: Callable, hidden: Tensor, batch) -> Terms:
     """The terms of the hidden states (B, T, C) of Text, Code."""
     terms = {"ntp": (ntp(model.head, hidden, batch.labels, batch.label_at), batch.n_tokens)}
     if batch.tube_at is not None:
-        terms["stp"] = tube(hidden, batch.tube_at).sum(), batch.n_pairs
+        bend = tube if len(batch.tube_at) == 3 else patch
+        terms["stp"] = bend(hidden, batch.tube_at).sum(), batch.n_pairs
+    return terms
+
+
+def encode(model: Callable, *inputs) -> tuple[Tensor, Tensor]:
+    """Hidden states after the final norm, and those that views are embedded by: the same ones, or those after
+    block `model.embed_layer`. Both (B, T, C)."""
+    layer = getattr(model, "embed_layer", -1)
+    if layer >= 0:
+        return model(*inputs, layer=layer)
+    hidden = model(*inputs)
+    return hidden, hidden
+
+
+def pair_terms(model: Callable, pred: Tensor, enc: Tensor | None, target: Tensor, n_pairs: int,
+               distance: Callable | None, regulariser: Callable | None) -> Terms:
+    """The terms of pairs of embeddings, each (N, C): d(Pred, target), and r(Pred, enc)."""
+    predictor, terms = getattr(model, "predictor", None), {}
+    if predictor is not None:
+        pred = predictor(pred)
+    if distance is not None:
+        terms["jepa"] = distance(pred, target).sum(), n_pairs
+    if regulariser is not None:
+        terms["reg"] = regulariser(pred, enc) * n_pairs, n_pairs
     return terms
 
 
 # ---- slow and plain: three passes --------------------------------------------------------------------------
 
-def three_pass(model: Callable, batch, distance: Callable = cosine) -> Terms:
-    """The terms from three causal, right-padded batches (data.ThreePassBatch).
+def three_pass(model: Callable, batch, distance: Callable | None = cosine,
+               regulariser: Callable | None = None, ema: Callable | None = None) -> Terms:
+    """The terms from three causal, right-padded batches (data.ThreePassBatch). ema: a model that gives the
+    target of d instead of `model` itself, without a gradient.
 
     ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>; label_at: see ntp
     pred_ids (N, T'), pred_at     <|begin|> TEXT [PRED]*k, and the last token of each
@@ -121,9 +200,12 @@ def three_pass(model: Callable, batch, distance: Callable = cosine) -> Terms:
     """
     terms = main_terms(model, model(batch.ids), batch)
     if batch.pred_ids is not None:  # None: lam = 0, or loss dropout took all views
-        pred = gather(model(batch.pred_ids), batch.pred_at)  # (N, C)
-        enc = gather(model(batch.enc_ids), batch.enc_at)  # (N, C)
-        terms["jepa"] = distance(pred, enc).sum(), batch.n_pairs
+        pred = gather(encode(model, batch.pred_ids)[1], batch.pred_at)  # (N, C)
+        enc = target = gather(encode(model, batch.enc_ids)[1], batch.enc_at)  # (N, C)
+        if ema is not None:
+            with torch.no_grad():
+                target = gather(encode(ema, batch.enc_ids)[1], batch.enc_at)  # (N, C)
+        terms |= pair_terms(model, pred, enc, target, batch.n_pairs, distance, regulariser)
     return terms
 
 
@@ -159,17 +241,23 @@ def flex_mask(segment: Tensor, parent: Tensor) -> BlockMask:
     return create_block_mask(visible(segment, parent), B, None, T, T, device=segment.device)
 
 
-def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable = dense_mask) -> Terms:
-    """The terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients.
+def fused(model: Callable, batch, distance: Callable | None = cosine, regulariser: Callable | None = None,
+          ema: Callable | None = None, masking: Callable = dense_mask) -> Terms:
+    """The terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients. (With ema
+    from two: that model goes over the same rows, without a gradient.)
 
     ids, labels, positions, segment, parent (B, T); label_at (M,): see ntp; pred_at, enc_at (N,): the last
     token of each view, flat. Without views (segment None) a row is one example and plainly causal.
     masking: dense_mask or flex_mask.
     """
     mask = None if batch.segment is None else masking(batch.segment, batch.parent)
-    hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
+    hidden, embedded = encode(model, batch.ids, batch.positions, mask)  # (B, T, C)
     terms = main_terms(model, hidden, batch)
     if batch.pred_at is not None:  # None: lam = 0, or loss dropout took all views
-        pred, enc = gather(hidden, batch.pred_at), gather(hidden, batch.enc_at)  # (N, C) each
-        terms["jepa"] = distance(pred, enc).sum(), batch.n_pairs
+        pred, enc = gather(embedded, batch.pred_at), gather(embedded, batch.enc_at)  # (N, C) each
+        target = enc
+        if ema is not None:
+            with torch.no_grad():
+                target = gather(encode(ema, batch.ids, batch.positions, mask)[1], batch.enc_at)  # (N, C)
+        terms |= pair_terms(model, pred, enc, target, batch.n_pairs, distance, regulariser)
     return terms

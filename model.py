@@ -185,6 +185,26 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Predictor(nn.Module):
+    """A learned head for the embedding that predicts: W x + b ("linear"), or x + V gelu(W x + b) ("mlp"). It
+    begins as the identity."""
+
+    def __init__(self, dim: int, kind: str, generator: torch.Generator):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(dim, dim), None
+        if kind == "mlp":
+            self.out = nn.Linear(dim, dim, bias=False)
+            nn.init.zeros_(self.out.weight)
+            nn.init.normal_(self.hidden.weight, 0.0, dim**-0.5, generator=generator)
+        else:
+            nn.init.eye_(self.hidden.weight)
+        nn.init.zeros_(self.hidden.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, C)."""
+        return self.hidden(x) if self.out is None else x + self.out(F.gelu(self.hidden(x)))
+
+
 class Transformer(nn.Module):
     """`model(ids, positions, mask)` gives hidden states after the final norm, `model.head(hidden)` logits.
 
@@ -203,6 +223,8 @@ class Transformer(nn.Module):
             if not config.tie_embeddings:
                 self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.pred_embedding = None  # (k, C)
+        self.predictor = None  # a Predictor after the last token of the view that predicts
+        self.embed_layer = -1  # the block after which views are embedded; -1: after the final norm
         self.grad_checkpointing = False  # recompute activations in the backward pass
         if seed is not None:
             self.to_empty(device="cpu")
@@ -228,6 +250,11 @@ class Transformer(nn.Module):
         rows = torch.empty(k, self.config.dim).normal_(0.0, 0.02, generator=generator)
         self.pred_embedding = nn.Parameter(rows) if k else None
 
+    def add_predictor(self, kind: str, seed: int) -> None:
+        """A learned head "linear" or "mlp" in place of the one that there is."""
+        generator = torch.Generator().manual_seed(seed + 3)
+        self.predictor = Predictor(self.config.dim, kind, generator)
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, C); ids from V on are predictor tokens."""
         if self.pred_embedding is None:
@@ -238,8 +265,8 @@ class Transformer(nn.Module):
         return torch.where((ids >= V)[..., None], preds, words)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Mask = None,
-                cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, C) after the final norm.
+                cache: KVCache | None = None, layer: int = -1) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states (B, T, C) after the final norm; with layer >= 0, those after that block as well.
 
         ids        (B, T) token ids; V .. V+k-1 are predictor tokens
         positions  (B, T) rotary positions; None: 0 .. T-1 in every row
@@ -252,14 +279,16 @@ class Transformer(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         rope = rope_table(self.config, positions)
         x = self.embed(ids)  # (B, T, C)
-        for layer in self.layers:
+        tapped = None  # the hidden states after block `layer`
+        for i, block in enumerate(self.layers):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, cache)
+                x = block(x, rope, mask, cache)
+            tapped = x if i == layer else tapped
         if cache is not None:
             cache.length += ids.shape[1]
-        return self.norm(x)
+        return (self.norm(x), tapped) if layer >= 0 else self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""

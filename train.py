@@ -13,6 +13,7 @@ of the loss, unweighted; `tokens` counts next-token targets only), state.pt (the
 end the model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same
 command started again goes on where the last one left it, and ends with the same weights, bit for bit on a
 CPU: nothing in a run depends on anything but (seed, step). """
+import copy
 import json
 import math
 import platform
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 from data import Sampler, ViewOptions, fit_splits, micro_batches, own_tokenizer, render_views
 from eval import default_max_new_tokens, evaluate
-from jepa_loss import DISTANCES, Terms, dense_mask, flex_mask, fused, stop_gradient, three_pass, total_loss
+from jepa_loss import DISTANCES, REGULARISERS, Terms, dense_mask, flex_mask, fused, stop_gradient
+from jepa_loss import three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
 from support import distributed
 from support.distributed import DEVICES, device_available, pick_device
@@ -57,7 +59,7 @@ of_run, neutral = partial(opt, group="the run"), partial(opt, group="the run", i
 class Config(ViewOptions):
     """Every setting of a run: `--name value` on the command line, and an entry of run.json.
 
-        loss = gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code)) + stp * Semantic Tube Prediction
+        loss = gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code)) + reg_weight * r + stp * s
     """
     dataset: str = of_data("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file",
                            identity="content")
@@ -89,14 +91,25 @@ class Config(ViewOptions):
 
     gamma: float = opt(1.0, "weight of the next-token loss", group="labels", low=0)
     lam: float = of_loss(1.0, "weight of the JEPA loss; 0: plain next-token training", low=0)
+    lam_warmup: float = of_loss(0.0, "share of the run in which lam rises from 0", low=0, below=1,
+                                needs="lam")
     stp: float = of_loss(0.0, "weight of Semantic Tube Prediction; 0: without", low=0)
+    stp_form: Literal["paper", "released"] = of_loss("paper", "its formula, or that of the code", needs="stp")
+    reg_weight: float = of_loss(0.0, "weight of a regulariser of both embeddings; 0: without", low=0)
+    reg: Literal[tuple(REGULARISERS)] = of_loss("vicreg", "which one", needs="reg_weight")
     distance: Literal[tuple(DISTANCES)] = of_loss("cosine", "d", needs="lam")
     temperature: float = of_loss(0.07, "of --distance infonce", above=0, needs="lam distance=infonce")
-    stop_gradient: bool = of_loss(False, "no gradient into Enc(Code), the target", needs="lam")
+    target: Literal["online", "stopgrad", "ema"] = of_loss(
+        "online", "Enc(Code) of the model, without a gradient, or of a moving average of it", needs="lam")
+    ema_decay: float = of_loss(0.99, "of the moving average", low=0, below=1, needs="target=ema")
+    predictor: Literal["tokens", "linear", "mlp"] = of_loss(
+        "tokens", "[PRED] alone, or a learned head after it", needs="lam|reg_weight")
+    layer: int = of_loss(-1, "embed views after this block; -1: after the final norm", low=-1,
+                         needs="lam|reg_weight")
     alpha: float = of_loss(0.0, "loss dropout: each example goes without its views with this probability",
-                             low=0, below=1, needs="lam")
+                           low=0, below=1, needs="lam|reg_weight")
     passes: Literal["fused", "three"] = of_loss("fused", "one masked pass, or three: the same losses",
-                                                  needs="lam")
+                                                needs="lam|reg_weight")
 
     epochs: int = of_optim(3, "passes over the train split", low=1, needs="!max_flops")
     max_steps: int = of_optim(0, "end after so many steps, if the epochs do not end before", low=0,
@@ -121,7 +134,7 @@ class Config(ViewOptions):
                        needs="passes=fused")
     attention: Literal["auto", "dense", "flex"] = neutral(
         "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)",
-        needs="passes=fused lam|row_len")
+        needs="passes=fused lam|reg_weight|row_len")
     fixed_shapes: bool | None = neutral(None, "fill packed rows up to one shape (default: on CUDA, compiled)",
                                         needs="row_len passes=fused")
     device: Literal[DEVICES] = neutral("auto", "auto: cuda, then mps, then cpu")
@@ -137,7 +150,8 @@ class Config(ViewOptions):
 
 # Other defaults with --init_from: the paper's protocol, and the middle of its learning rates
 FINE_TUNING = {"lr": 2e-5, "epochs": 4, "batch_size": 16}
-FORMER = {"view2": "", "match_flops": "", "objective": "jepa"}  # settings of older runs, and their defaults
+# Settings of older runs, and their defaults
+FORMER = {"view2": "", "match_flops": "", "objective": "jepa", "stop_gradient": False}
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
@@ -153,7 +167,7 @@ def checked(c: Config, given: set[str] | None = None) -> Config:
     raise_problems(problems(c, given, tuned) + contradictions(c))
     if not c.init_from:
         model_config(c, c.vocab_size)  # raises where the shape makes no sense
-    if not c.lam:
+    if not c.lam and not c.reg_weight:
         c.k = 0  # no predictor tokens: none would be trained
     c.out = c.out or str(Path("runs") / run_name(c, tuned))
     return c
@@ -162,13 +176,15 @@ def checked(c: Config, given: set[str] | None = None) -> Config:
 def contradictions(c: Config) -> list[str]:
     """What settings that are right by themselves get wrong together."""
     on_cuda = device_available(c.device) and pick_device(c.device).type == "cuda"
-    whole_batch = bool(c.lam) and getattr(DISTANCES.get(c.distance), "whole_batch", False)
+    whole_batch = c.lam and getattr(DISTANCES.get(c.distance), "whole_batch", False) or c.reg_weight
     wrong = {
         f"--device {c.device}: not available here": not device_available(c.device),
-        "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp),
-        f"--distance {c.distance} takes its negatives from the whole batch: it needs --batch_size 2 or more, "
-        "no --micro_batch, no --alpha, no --fixed_shapes and one process": whole_batch and (
+        "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp or c.reg_weight),
+        f"{f'--reg {c.reg}' if c.reg_weight else f'--distance {c.distance}'} compares the pairs of the whole "
+        "batch: it needs --batch_size 2 or more, no --micro_batch, no --alpha, no --fixed_shapes and one "
+        "process": whole_batch and (
             c.micro_batch or c.alpha or c.batch_size == 1 or distributed.world > 1 or c.fixed_shapes),
+        "--fixed_shapes needs --pool last": bool(c.fixed_shapes) and c.pool == "mean",
         "--dtype tf32 needs CUDA": c.dtype == "tf32" and not on_cuda,
         "--attention flex needs CUDA and --compile: it has no backward elsewhere":
             c.attention == "flex" and (not on_cuda or c.compile is False),
@@ -207,28 +223,39 @@ class Step(nn.Module):
     """Batch -> Terms: what is compiled. Autocast is entered per forward: entered once and never left, it
     would keep stale bfloat16 copies of the weights."""
 
-    def __init__(self, model: Transformer, c: Config, dtype: str):
+    def __init__(self, model: Transformer, c: Config, dtype: str, ema: Transformer | None = None):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.ema = model, dtype, ema
         flex = c.row_len and model.device.type == "cuda" and c.compile is not False
         flex = c.attention == "flex" or c.attention == "auto" and flex
         self.passes = three_pass if c.passes == "three" else partial(
             fused, masking=flex_mask if flex else dense_mask)
-        self.distance = DISTANCES[c.distance]
-        if c.distance == "infonce":
+        self.distance = DISTANCES[c.distance] if c.lam else None
+        self.regulariser = REGULARISERS[c.reg] if c.reg_weight else None
+        if c.lam and c.distance == "infonce":
             self.distance = partial(self.distance, temperature=c.temperature)
-        if c.stop_gradient:
+        if c.target == "stopgrad":
             self.distance = stop_gradient(self.distance)
 
     def forward(self, batch) -> Terms:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self.passes(self.model, batch, self.distance)
+            return self.passes(self.model, batch, self.distance, self.regulariser, self.ema)
 
 
-def weights_of_terms(c: Config) -> dict[str, float]:
-    """loss = sum(weight * term): the terms that take part."""
-    weights = {"ntp": c.gamma, "stp": c.stp, "jepa": c.lam}
-    return {name: weight for name, weight in weights.items() if weight or name == "ntp"}
+def weights_of_terms(c: Config, share: float = 1.0) -> dict[str, float]:
+    """loss = sum(weight * term): the terms that take part; share: of the run that is done."""
+    weights = {"ntp": c.gamma, "stp": c.stp, "jepa": c.lam, "reg": c.reg_weight}
+    weights = {name: weight for name, weight in weights.items() if weight or name == "ntp"}
+    if share < c.lam_warmup:
+        weights["jepa"] *= share / c.lam_warmup
+    return weights
+
+
+@torch.no_grad()
+def update_average(ema: nn.Module | None, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, of every weight."""
+    if ema is not None:
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
@@ -249,12 +276,14 @@ def lr_at(start: int, end: int, budget: int, c: Config) -> float:
     return c.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (start - warmup) / max(1, budget - warmup))))
 
 
-def count_step(model: Transformer, batches: list, weights: dict[str, float]) -> tuple[dict, int, int]:
+def count_step(c: Config, model: Transformer, batches: list) -> tuple[dict, int, int]:
     """What the sums of a step's terms are divided by, its examples, and the FLOPs it needs, of all ranks."""
-    *counts, examples, flops = distributed.total([
-        *(sum(b.count(name) for b in batches) for name in weights), sum(b.n_pairs for b in batches),
-        sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)])
-    return dict(zip(weights, counts, strict=True)), examples, flops
+    flops = sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)
+    if c.target == "ema":  # its forward over the same tokens, without the head
+        flops += sum(model.flops(b.n_real, b.n_visible, 0) // 3 for b in batches)
+    n_tokens, n_pairs, flops = distributed.total([
+        sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), flops])
+    return {name: n_tokens if name == "ntp" else n_pairs for name in weights_of_terms(c)}, n_pairs, flops
 
 
 def backward(step_terms: Callable, batches: list, counts: dict[str, int], weights: dict[str, float],
@@ -275,15 +304,23 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     """New weights and a tokenizer of the train split's own, or both from --init_from."""
     if not c.init_from:
         tokenizer = own_tokenizer(data.train, c.vocab_size)
-        return Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed), tokenizer
-    if not Path(c.init_from).is_dir():
+        model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed)
+    elif not Path(c.init_from).is_dir():
         raise BadInput(f"--init_from {c.init_from}: no such folder")
-    if Path(c.init_from, "run.json").exists() and not Path(c.init_from, "eval.json").exists():
+    elif Path(c.init_from, "run.json").exists() and not Path(c.init_from, "eval.json").exists():
         raise BadInput(f"--init_from {c.init_from}: its training is not finished")
-    model = Transformer.from_pretrained(c.init_from, torch.float32)
-    tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
-    if model.pred_embedding is None or len(model.pred_embedding) != c.k:
+    else:
+        model = Transformer.from_pretrained(c.init_from, torch.float32)
+        tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
+    if len(model.pred_embedding if model.pred_embedding is not None else ()) != c.k:
         model.add_predictors(c.k, c.seed)
+    if c.predictor == "tokens":
+        model.predictor = None
+    elif model.predictor is None or (model.predictor.out is None) != (c.predictor == "linear"):
+        model.add_predictor(c.predictor, c.seed)
+    if c.layer >= model.config.n_layers:
+        raise BadInput(f"--layer {c.layer}: the model's blocks are 0 to {model.config.n_layers - 1}")
+    model.embed_layer = c.layer
     if c.lora_rank > model.config.dim:
         raise BadInput(f"--lora_rank {c.lora_rank}: more than the model's width of {model.config.dim}")
     if c.lora_rank:
@@ -324,7 +361,7 @@ def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, da
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-def compile_step(c: Config, model: Transformer, dtype: str, make: Callable,
+def compile_step(c: Config, model: Transformer, ema: Transformer | None, dtype: str, make: Callable,
                  steps: int) -> tuple[Callable, Callable]:
     """What turns a batch into terms, and what makes the batches of a step: of one shape, where they are
     compiled for it. steps: among which the largest batch is looked for."""
@@ -332,7 +369,7 @@ def compile_step(c: Config, model: Transformer, dtype: str, make: Callable,
     compiled = on_cuda if c.compile is None else c.compile
     if c.row_len and (compiled and on_cuda if c.fixed_shapes is None else c.fixed_shapes):
         shape = largest_shape(make, steps)
-    step_terms = Step(model, c, dtype)
+    step_terms = Step(model, c, dtype, ema)
     return (torch.compile(step_terms, dynamic=shape is None) if compiled else step_terms,
             partial(make, shape=shape) if shape else make)
 
@@ -370,9 +407,10 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     an_epoch = sampler.steps_per_epoch
     total = sys.maxsize if c.max_flops else min(c.max_steps or sys.maxsize, c.epochs * an_epoch)
     every = c.checkpoint_every or an_epoch
-    optimizer, params, weights = make_optimizer(model, c), trainable(model), weights_of_terms(c)
-    start, seen = run.restore(model, optimizer, every)
-    step_terms, make = compile_step(c, model, dtype, partial(micro_batches, c, views, sampler),
+    optimizer, params = make_optimizer(model, c), trainable(model)
+    ema = copy.deepcopy(model).requires_grad_(False) if c.target == "ema" else None
+    start, seen = run.restore(model, optimizer, every, ema)
+    step_terms, make = compile_step(c, model, ema, dtype, partial(micro_batches, c, views, sampler),
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
@@ -389,12 +427,12 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
             if c.max_flops and seen["flops"] >= c.max_flops:
                 break
             if distributed.total([interrupts.asked])[0]:  # one of the ranks is: all stop here
-                run.save(model, optimizer, step, seen)
+                run.save(model, optimizer, step, seen, ema)
                 raise KeyboardInterrupt(f"the same command goes on from step {step}")
-            counts, examples, flops = count_step(model, batches, weights)
-            lr = lr_at(step, step + 1, total, c)
-            if c.max_flops:
-                lr = lr_at(seen["flops"], seen["flops"] + flops, int(c.max_flops), c)
+            counts, examples, flops = count_step(c, model, batches)
+            budget = (seen["flops"], seen["flops"] + flops, int(c.max_flops))
+            before, after, whole = budget if c.max_flops else (step, step + 1, total)
+            lr, weights = lr_at(before, after, whole, c), weights_of_terms(c, before / whole)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(step_seed(c.seed, step) + distributed.rank)  # of the adapters' dropout
@@ -405,6 +443,7 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
             check_finite(step, means, grad_norm, saved, data.train, sampler)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            update_average(ema, model, c.ema_decay)
 
             done = step + 1
             seen = {"examples": seen["examples"] + examples, "tokens": seen["tokens"] + counts["ntp"],
@@ -422,7 +461,7 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
             if done % an_epoch == 0 and not last and distributed.rank == 0:
                 began += score_epoch(c, run, model, tokenizer, data, row)
             if done % every == 0 or last:
-                run.save(model, optimizer, done, seen)
+                run.save(model, optimizer, done, seen, ema)
                 saved = done
     if interrupts.asked:
         raise KeyboardInterrupt

@@ -22,6 +22,7 @@ HF_NAMES = {"vocab_size": ("vocab_size", int), "dim": ("hidden_size", int),
 # the keys for which model.py has no setting
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 PRED_FILE = "pred_embedding.safetensors"  # the [PRED] rows, for which a Llama folder has no place
+HEAD_FILE = "predictor.safetensors"  # the learned head after them, likewise
 
 
 def hf_name(name: str) -> str:
@@ -144,6 +145,11 @@ def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.d
     if (folder / PRED_FILE).exists():
         rows = load_tensor(folder / PRED_FILE, "pred_embedding", (None, embedding.shape[1]), dtype)
         model.pred_embedding = nn.Parameter(rows)
+    if (folder / HEAD_FILE).exists():
+        with opened(folder / HEAD_FILE) as file:
+            model.add_predictor("mlp" if "out.weight" in file.keys() else "linear", seed=0)
+        for name, weight in model.predictor.named_parameters():
+            weight.data = load_tensor(folder / HEAD_FILE, name, weight.shape, dtype)
     return model
 
 
@@ -164,13 +170,17 @@ def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {hf_name(name): weight.detach().cpu() for name, weight in weights.items()}
     pred = tensors.pop(hf_name("pred_embedding"), None)
+    head = {name: tensors.pop(hf_name(name)) for name in weights if name.startswith("predictor.")}
     dtype = str(weights["embed_tokens.weight"].dtype).removeprefix("torch.")
     entries = {"architectures": ["LlamaForCausalLM"], "bos_token_id": None, "eos_token_id": None,
                **config["others"], **FIXED, "torch_dtype": dtype, "rope_scaling": config["rope_scaling"],
                **{theirs: config[ours] for ours, (theirs, _) in HF_NAMES.items()}}
     write_text(folder / "config.json", json.dumps(entries, indent=2) + "\n")
     save_tensors(folder / "model.safetensors", tensors)
-    if pred is not None:
-        save_tensors(folder / PRED_FILE, {"pred_embedding": pred})
-    else:  # of a model that was here before
-        (folder / PRED_FILE).unlink(missing_ok=True)
+    rows = {"pred_embedding": pred} if pred is not None else {}
+    head = {name.removeprefix("predictor."): weight for name, weight in head.items()}
+    for file, own in ((PRED_FILE, rows), (HEAD_FILE, head)):
+        if own:
+            save_tensors(folder / file, own)
+        else:  # of a model that was here before
+            (folder / file).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """How a cloud of vectors lies: numbers for N vectors of width C, x (N, C)."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -9,6 +10,18 @@ def rank_me(x: Tensor) -> float:
     singular = torch.linalg.svdvals(x.double())
     share = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
+
+
+def alignment(x: Tensor, y: Tensor) -> float:
+    """Mean squared distance of the pairs on the unit sphere (arXiv 2005.10242); 0: they are the same."""
+    return float((F.normalize(x.double(), dim=-1) - F.normalize(y.double(), dim=-1)).square().sum(1).mean())
+
+
+def uniformity(x: Tensor) -> float:
+    """log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere (arXiv 2005.10242); 0
+    where all are the same, about -4 where they are spread evenly."""
+    distances = F.pdist(F.normalize(x.double(), dim=-1))
+    return float(distances.square().mul(-2).exp().mean().log())
 
 
 def linear_map_error(x: Tensor, y: Tensor) -> float:

@@ -36,10 +36,11 @@ def projections(model: nn.Module) -> list[Projection]:
 
 
 def add_lora(model: nn.Module, rank: int, dropout: float, seed: int) -> None:
-    """Give every Projection an adapter. After this only the adapters and `pred_embedding` are trained."""
+    """Give every Projection an adapter. After this only the adapters, `pred_embedding` and `predictor` are
+    trained."""
     generator = torch.Generator().manual_seed(seed + 2)  # the model's own weights took seed and seed + 1
     for name, weight in model.named_parameters():
-        weight.requires_grad_(name == "pred_embedding")
+        weight.requires_grad_(name.startswith(("pred_embedding", "predictor.")))
     for layer in projections(model):
         bound = layer.in_features**-0.5
         a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)

@@ -123,14 +123,15 @@ class Run:
             self.log.write(self.last_line)
             self.log.flush()  # for whoever watches the run
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seen: dict) -> None:
-        """The checkpoint: it replaces the last one when it is whole."""
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seen: dict,
+             ema: nn.Module | None = None) -> None:
+        """The checkpoint: it replaces the last one when it is whole. ema: a moving average of the model."""
         if not self.log:
             return
         os.fsync(self.log.fileno())
         state = {"config": self.record["config"], "step": step, "seen": seen, "model": trainable(model),
                  "optimizer": optimizer.state_dict(), "metrics_size": self.log.tell(),
-                 "last_line": self.last_line}
+                 "last_line": self.last_line, "ema": ema and ema.state_dict()}
         try:
             with atomic(self.folder / "state.pt") as temporary:
                 torch.save(state, temporary)
@@ -138,7 +139,8 @@ class Run:
             raise OSError(f"{self.folder / 'state.pt'}: cannot be written "
                           f"({str(error).splitlines()[0]})") from None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> tuple[int, dict]:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int,
+                ema: nn.Module | None = None) -> tuple[int, dict]:
         """Load the last checkpoint, if there is one, and cut metrics.jsonl back to it: lines after it are
         written again. Returns the steps done, and what they took. every: steps between two checkpoints."""
         path, metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
@@ -157,6 +159,8 @@ class Run:
                     raise KeyError
                 model.load_state_dict(state["model"], strict=False)  # with LoRA, without the base's weights
                 optimizer.load_state_dict(state["optimizer"])
+                if ema is not None:
+                    ema.load_state_dict(state["ema"])
                 step, seen, size = state["step"], state["seen"], state["metrics_size"]
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path}: of another run; put its own back, or choose another --out") from None

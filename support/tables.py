@@ -3,7 +3,8 @@ import numpy as np
 
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
 COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
-COLUMNS = (*SHARES, "ntp", *COLLAPSE, *(f"{name}_centred" for name in COLLAPSE), "rank_text", "spread_text",
+COLUMNS = (*SHARES, "p_end", "ntp", *COLLAPSE, "alignment", "uniformity_pred", "uniformity_enc",
+           *(f"{name}_centred" for name in COLLAPSE), "rank_text", "spread_text",
            "spread_enc", "rank_difference", "linear_error", "linear_error_shuffled")
 
 
