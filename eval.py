@@ -312,6 +312,8 @@ class EvalOptions:
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
     """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any."""
     run = read_run(folder) if Path(folder, "run.json").exists() else {}
+    if not run and not o.dataset and o.prompt is None:
+        raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     model = Transformer.from_pretrained(folder, torch.float32)
@@ -328,8 +330,6 @@ def view_options(run: dict) -> ViewOptions:
 
 def load_run_data(folder: str | Path, run: dict, o: EvalOptions) -> tuple[Dataset, bool]:
     """The data of a run; are they the very files? If not, --other_data must be given."""
-    if not run:
-        raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
     c = run["config"]
     data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"],
                         c["eval_split"], c["n_test"])

@@ -101,7 +101,7 @@ class Config(ViewOptions):
     epochs: int = of_optim(3, "passes over the train split", low=1, needs="!max_flops")
     max_steps: int = of_optim(0, "end after so many steps, if the epochs do not end before", low=0,
                            needs="!max_flops")
-    max_flops: float = of_optim(0.0, "end when so many useful FLOPs are spent, instead of after epochs", low=0)
+    max_flops: float = of_optim(0.0, "end when so many useful FLOPs are spent, not after epochs", low=0)
     batch_size: int = of_optim(32, "examples per step", low=1)
     micro_batch: int = of_optim(0, "examples per forward and backward; 0: the whole batch", low=0,
                              identity="nothing")
@@ -344,8 +344,8 @@ def check_finite(step: int, means: dict, grad_norm: float, saved: int, examples:
         kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
         terms = ", ".join(f"{name} {mean}" for name, mean in means.items())
         where = [examples[int(i)].where for i in sampler.indices(step)]
-        raise BadInput(f"step {step + 1}: the loss is not finite ({terms}, gradient norm {grad_norm}); {kept};"
-                       f" try a lower --lr, or look at the step's examples: {', '.join(where)}")
+        raise BadInput(f"step {step + 1}: the loss is not finite ({terms}, gradient norm {grad_norm}); "
+                       f"{kept}; try a lower --lr, or look at the step's examples: {', '.join(where)}")
 
 
 def score_epoch(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,

@@ -22,12 +22,13 @@ from torch import nn
 
 from batches import Sampler
 from config import Config, model_config
-from data import Views, load_dataset, own_tokenizer, render_prompt, render_views
+from data import Views, own_tokenizer, render_prompt, render_views
 from eval import generate, generate_slow
 from support.files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
 from model import DEVICES, PRESETS, Transformer, pick_device
 from support.tokenizer import Tokenizer
+from tasks.datasets import load_dataset
 from train import Step, forward_dtype, make_optimizer, micro_batches, set_precision, step_flops
 
 ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),

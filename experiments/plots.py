@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from batches import collate_three
-from data import Example, render_views
+from data import render_views
 from support.files import BadInput, atomic
 from jepa_loss import collapse_report, pick, rank_me
 from model import Transformer
 from experiments.compare import arms_of, read_result
 from support.tokenizer import Tokenizer
+from tasks.datasets import Example
 
 
 @torch.inference_mode()

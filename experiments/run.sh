@@ -67,9 +67,8 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
         echo search_turk $name $turk $flags $valid
         echo search_small $name $small $flags $valid
     done <<< "$objectives"
-    synth="--view2 $data/synth_train.jsonl"  # the same regexes line by line: JEPA between two texts of one regex
-    echo search_turk view2 $turk $synth $valid
-    echo search_turk view2-infonce0.1 $turk $synth --distance infonce --lam 0.1 $valid
+    # search_turk/view2 and view2-infonce0.1: as cosine and infonce0.1, but the code view is SYNTH's text for the same
+    # regex (the two corpora are aligned line by line). A flag of earlier versions, --view2, made them
     for seed in $seeds; do
         echo turk plain-$seed $turk --lam 0 --compile --seed $seed
         echo turk jepa-$seed $turk --compile --seed $seed

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import load_dataset  # noqa: E402
+from tasks.datasets import load_dataset  # noqa: E402
 from tasks.nlrx import Rejected, draw, every, read  # noqa: E402
 
 

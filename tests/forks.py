@@ -1,7 +1,7 @@
 """Starts programs of the project without importing torch each time: for tests that start hundreds.
 
 A line of stdin: {"program": "train", "argv": [...], "log": PATH, "full": [folder, n] or null,
-"published": more of published.PUBLISHED}. A line of
+"published": more of datasets.PUBLISHED}. A line of
 stdout: the child's pid, and when it has ended its status (-signal where one killed it).
 """
 import ctypes

@@ -6,11 +6,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
-import data
 import model as model_module
 from batches import collate_fused, collate_three
 from data import render_views
 from jepa_loss import dense_mask, fused, total_loss
+from tasks import datasets
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -48,9 +48,9 @@ def test_what_a_batch_counts(tokenizer, examples, row_len):
 
 
 def test_a_small_bench(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.generated_files, "__defaults__", (60, 10))
+    monkeypatch.setattr(datasets.generated_files, "__defaults__", (60, 10))
     pairs = [(f"lines with {i}", f"[0-9]{i}") for i in range(70)]
-    monkeypatch.setattr(data.nlrx, "generate", lambda n, seed: pairs)
+    monkeypatch.setattr(datasets.nlrx, "generate", lambda n, seed: pairs)
     monkeypatch.setattr("sys.argv", ["bench.py", "--data_dir", str(tmp_path), "--device", "cpu",
                                      "--blocks", "2", "--profile", "--batch_size", "4", "--steps", "1",
                                      "--json", str(tmp_path / "b.json")])

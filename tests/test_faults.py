@@ -21,15 +21,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_published import blob_id
 from test_train import argv, assert_equal_runs, rows_of, untimed  # noqa: F401 (argv: a fixture)
 
 import eval
-from tasks import nlrx
 from support import runs
-from tasks import scorers as scores
 import train
 from support.files import BadInput, Interrupted, Interrupts
+from tasks import nlrx, scorers
+from tasks.datasets import git_blob_id
 
 
 class Forks:
@@ -147,7 +146,7 @@ def test_ten_kills_of_a_download(forks, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         job = ("data", ["download", "nlrx_synth", "--data_dir", data, "--base_url",
                         f"http://127.0.0.1:{server.server_port}"])
-        published = {"nlrx_synth": {"train": ["big.jsonl", blob_id(content)]}}
+        published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(tmp_path / "mirror" / "big.jsonl")]}}
         for _ in range(10):
             status, _ = signalled(forks, signal.SIGKILL, rng.uniform(0.05, 0.5), *job, published=published)
             assert status == -signal.SIGKILL and not (data / "big.jsonl").exists()
@@ -203,14 +202,14 @@ def test_a_signal_that_comes_twice_still_waits(monkeypatch):
 def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch):
     """It makes an error of its own of what its callbacks raise."""
     sqlite3.connect(tmp_path / "d.sqlite").close()
-    monkeypatch.setattr(scores, "interrupts", Interrupts())
+    monkeypatch.setattr(scorers, "interrupts", Interrupts())
     endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
     timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM))
-    old = signal.signal(signal.SIGTERM, scores.interrupts)
+    old = signal.signal(signal.SIGTERM, scorers.interrupts)
     try:
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            scores.run_query(tmp_path / "d.sqlite", endless)
+            scorers.run_query(tmp_path / "d.sqlite", endless)
     finally:
         signal.signal(signal.SIGTERM, old)
 

@@ -13,10 +13,10 @@ from test_train import assert_equal_runs, command, die_at_step, rows_of, weights
 
 import eval
 import train
-from data import Dataset, Example, load_dataset, read_jsonl, render_views
+from data import render_views
 from support.files import BadInput
-from tasks.datasets import PUBLISHED, git_blob_id
 from support.tokenizer import Tokenizer
+from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id, load_dataset, read_jsonl
 
 SHORT = ["--epochs", "2", "--batch_size", "8", "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu"]
 

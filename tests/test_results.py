@@ -36,7 +36,8 @@ def test_table(arguments, line, shown, monkeypatch):
 def test_table_of_embeddings():
     """From what the command wrote: without the weights, it cannot be run again."""
     (patterns, shown), = re.findall(COMMAND + r"(runs[^\n]*) --embeddings[^\n]*\n```\n\n" + TABLE, RESULTS)
-    kept = [path for pattern in patterns.split() for path in sorted((ROOT / "experiments").glob(pattern.removeprefix("runs/")))]
+    kept = [path for pattern in patterns.split()
+            for path in sorted((ROOT / "experiments").glob(pattern.removeprefix("runs/")))]
     found = {f"runs/results/{path.parent.name}/{path.name}":
              json.loads((path / "embeddings.json").read_text(encoding="utf-8")) for path in kept}
     assert cells(shown) == cells(table(found))

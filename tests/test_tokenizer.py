@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from support import tokenizer as ours
 from batches import fitting
-from data import Example, load_dataset, render_prompt, render_views
+from data import render_prompt, render_views
 from support.files import BadInput
 from support.tokenizer import Tokenizer, merge, train_bpe
+from tasks.datasets import Example, load_dataset
 
 needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
 

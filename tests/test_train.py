@@ -16,11 +16,12 @@ from conftest import ROOT
 from support import runs
 import train
 from batches import Rendered, Sampler, collate_fused, fit_splits
-from data import load_dataset, render_views
+from data import render_views
 from support.files import BadInput
 from jepa_loss import fused
 from model import ModelConfig, Transformer
 from support.tokenizer import Tokenizer, train_bpe
+from tasks.datasets import load_dataset
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
         "--batch_size", "8",
@@ -477,7 +478,6 @@ def test_corrupt_and_foreign_run_folders(argv, tmp_path):
     ("--fixed_shapes --row_len 500 --distance infonce", "which --distance infonce would contrast with"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
     ("--match_flops nowhere", "--match_flops nowhere: no finished run"),
-    ("--lam 0 --view2 x.jsonl", "--view2 has no effect with --lam 0"),
     ("--objective stp --k 2 --row_len 64", "--k has no effect with --objective stp"),
     ("--device cpu --dtype tf32", "--dtype tf32 needs CUDA"),
     ("--test_file x.jsonl", "--test_file has no effect with a published dataset"),

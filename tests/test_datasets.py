@@ -1,0 +1,299 @@
+"""tasks/datasets.py: JSONL lines, splits, published and generated files, downloads that are cut or wrong."""
+import functools
+import hashlib
+import http.server
+import json
+import os
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import SHARED_DATA, jsonl
+
+from support.files import BadInput
+from tasks import datasets, nlrx
+from tasks.datasets import PUBLISHED, Dataset, Example, download, git_blob_id, load_dataset, read_jsonl
+
+needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
+
+
+# ---- lines -------------------------------------------------------------------------------------------------
+
+def test_every_form_of_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    talk = [{"role": role, "content": content} for role, content in
+            (("system", "s"), ("user", "tü"), ("assistant", "d"))]
+    path.write_text("\n".join(map(json.dumps, [
+        {"text": "t", "code": "c", "other": 1}, {"text": "t", "code": "c", "code_view": "w"},
+        {"text": "t", "code": "c", "text_view": "v", "code_view": "w"}, {"messages": talk},
+        {"messages": talk[1:], "text": [{"role": "user", "content": "v"}], "code": talk[1:]},
+        {"messages": talk[1:], "text": "not a list: ignored"}])))
+    assert list(read_jsonl(path)) == [
+        Example("t", "c", f"{path}:1"), Example("t", "c", f"{path}:2", code_view="w"),
+        Example("t", "c", f"{path}:3", text_view="v", code_view="w"), Example("tü", "d", f"{path}:4", "s"),
+        Example("tü", "d", f"{path}:5", text_view="v", code_view="d"), Example("tü", "d", f"{path}:6")]
+
+
+TALK = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+
+
+@pytest.mark.parametrize("line,message", [
+    (b"{", "not valid JSON"), (b"[1]", "expected a JSON object, found list"), (b'"\xff"', "not UTF-8"),
+    (b"[" * 5000, "not valid JSON"), (b'{"text": ' + b"1" * 5000 + b"}", "not valid JSON"),
+    (b'{"text": "a"}', "code must be a non-empty string"), (b'{"text": "a", "code": ""}', "code must be"),
+    (b'{"text": 1, "code": "b"}', "text must be"), (b'{"text": "\\ud800", "code": "b"}', "half a surrogate"),
+    (b'{"text": "a", "code": "b", "code_view": ""}', "code_view must be a non-empty"),
+    (b'{"text": "a", "code": "b", "text_view": [1]}', "text_view must be a non-empty"),
+    (b'{"messages": 3}', "messages must be a list"), (TALK + b', "text": [{}]}', "messages must be a list"),
+    (TALK + b', "text": []}', "text_view must be a non-empty"),
+    (TALK.replace(b"assistant", b"user") + b"}", "needs one user and one assistant message"),
+    (TALK.replace(b"assistant", b"system") + b"}", "needs one user and one assistant message"),
+    (TALK.replace(b'"content": "b"', b'"x": 1') + b"}", "code must be a non-empty")])
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "t", "code": "c"}\n' + line + b"\n")
+    with pytest.raises(BadInput, match=message) as error:
+        read_jsonl(path)
+    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_examples_behave_like_a_list(tmp_path):
+    """Numbers, slices, arrays of indices, iteration, and from many threads; a blank line has a number."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join(f'{{"text": "tü{i}", "code": "c{i}"}}\n{chr(10) * (i % 3)}' for i in range(99))
+                     .encode())
+    read = read_jsonl(path)
+    assert [e.text for e in read] == [f"tü{i}" for i in range(99)] and len(read) == 99
+    assert [e.code for e in read[96:]] == ["c96", "c97", "c98"] and read[-1].code == "c98"
+    assert [e.code for e in read[2:8][np.array([0, 5])]] == ["c2", "c7"] and read[np.int64(4)].code == "c4"
+    assert read[2].where == f"{path}:4" and read.lines.nbytes == 24 * 99
+    with pytest.raises(IndexError):
+        read[99]
+    with ThreadPoolExecutor(8) as threads:
+        assert [*threads.map(lambda i: read[i % 99].code, range(990))] == [f"c{i % 99}" for i in range(990)]
+
+
+def test_a_file_that_is_cut_while_it_is_open(tmp_path):
+    """Reading a memory map past the end of its file would kill the process: SIGBUS, without a message."""
+    read = jsonl(tmp_path / "a.jsonl", [("t" * 5000, "c")] * 3)
+    os.truncate(tmp_path / "a.jsonl", 6000)
+    assert read[0].code == "c"
+    with pytest.raises(BadInput, match="a.jsonl:3: the file has become shorter"):
+        read[2]
+
+
+# ---- splits ------------------------------------------------------------------------------------------------
+
+def test_splits(tmp_path):
+    """n_train takes the first; the held-out tenth is the last, is not trained on, replaces the test file."""
+    pairs = [(f"t{i}", f"c{i}") for i in range(40)]
+    jsonl(tmp_path / "a.jsonl", pairs[:30]), jsonl(tmp_path / "b.jsonl", pairs[30:])
+    name, test_file = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+
+    def numbers(**options):
+        data = load_dataset(name, **options)
+        return [[int(e.text[1:]) for e in split] for split in (data.train, data.test)]
+    assert numbers(test_file=test_file) == [[*range(30)], [*range(30, 40)]]
+    assert numbers(test_file=test_file, n_train=4, n_test=2) == [[*range(4)], [30, 31]]
+    assert numbers(eval_split="valid") == [[*range(27)], [27, 28, 29]]
+    assert numbers(eval_split="valid", n_train=5) == [[*range(5)], [27, 28, 29]]
+    data = load_dataset(name, test_file=test_file)
+    assert (data.source, data.files) == ("file", {path: hashlib.sha256(open(path, "rb").read()).hexdigest()
+                                                  for path in (name, test_file)})
+    jsonl(tmp_path / "short.jsonl", pairs[:9]), (tmp_path / "empty.jsonl").write_text("\n")
+    for options, message in (
+            ({"eval_split": "valid", "n_train": 28}, "--n_train 28: .* has only 27 training examples"),
+            ({"test_file": test_file, "n_test": 11}, "--n_test 11: .* has only 10 test examples"),
+            ({}, "has no test split"), ({"test_file": "none.jsonl"}, "none.jsonl: no such file"),
+            ({"name": str(tmp_path / "empty.jsonl")}, "empty.jsonl: holds no example"),
+            ({"name": str(tmp_path / "short.jsonl"), "eval_split": "valid"}, "too short to hold a tenth out"),
+            ({"name": "nlrx_sinth"}, "not a known dataset"),
+            ({"name": "nlrx_turk", "data_dir": tmp_path}, "turk_train.jsonl: .*data.py download nlrx_turk")):
+        with pytest.raises(BadInput, match=message):
+            load_dataset(**{"name": name, **options})
+
+
+def test_leaked():
+    one, two, three = Example("a", "b"), Example("a", "c"), Example("b", "a")
+    assert Dataset("d", [two, three, two], [one, two], "file", {}).leaked == {("a", "c")}
+
+
+@needs_published
+def test_published_splits():
+    synth, turk = (load_dataset(name, SHARED_DATA) for name in ("nlrx_synth", "nlrx_turk"))
+    assert (len(synth.train), len(synth.test), synth.source) == (8000, 2000, "published")
+    assert len(synth.leaked) == 39 and [e.code for e in turk.test] == [e.code for e in synth.test]
+
+
+@needs_published
+def test_published_files_are_pinned():
+    here = [(SHARED_DATA / name, wanted) for splits in PUBLISHED.values() for name, wanted in splits.values()
+            if (SHARED_DATA / name).exists()]
+    assert len(here) > 10 and all(git_blob_id(path) == wanted for path, wanted in here)
+
+
+def test_generated_files(tmp_path, monkeypatch, capsys):
+    """Written where no published file is, once for each version of the grammar."""
+    calls = []
+    monkeypatch.setattr(nlrx, "generate", lambda n, seed: calls.append((n, seed)) or [
+        (f"t{i}", "c") for i in range(n)])
+    data = [load_dataset("nlrx_synth", tmp_path) for _ in range(2)][1]
+    assert (len(data.train), len(data.test), data.source, calls) == (8000, 2000, "generated", [(10_000, 0)])
+    assert data.train[-1].text == "t7999" and data.test[0].text == "t8000"
+    datasets.announce(data)
+    assert "GENERATED" in capsys.readouterr().out
+    other = tmp_path / "other_nlrx.py"
+    other.write_text("")
+    monkeypatch.setattr(nlrx, "__file__", str(other))
+    assert len(load_dataset("nlrx_synth", tmp_path).test) == 2000 and len(calls) == 2
+
+
+# ---- downloads ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of two small files that stands for the published one, as nlrx_synth and as spider."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    files = {}
+    for split in ("train", "test"):
+        path = folder / f"small_{split}.jsonl"
+        path.write_text(json.dumps({"text": split, "code": "c" * 60}) + "\n")
+        files[split] = (path.name, git_blob_id(path))
+    monkeypatch.setitem(PUBLISHED, "nlrx_synth", files)
+    monkeypatch.setitem(PUBLISHED, "spider", files)
+    return folder
+
+
+class Cutting(http.server.SimpleHTTPRequestHandler):
+    """Sends at most `self.server.cut` bytes of what it announces, knows ranges if `self.server.ranges`."""
+
+    def do_GET(self):
+        path, start = self.translate_path(self.path), 0
+        if not os.path.exists(path):
+            return self.send_error(404)
+        content = open(path, "rb").read()
+        if self.server.ranges and self.headers["Range"]:
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.server.asked.append((self.path, start))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:start + self.server.cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(mirror):
+    """A running server of the mirror that cuts nothing yet, and its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Cutting, directory=mirror)) as s:
+        s.cut, s.ranges, s.asked = 999, False, []
+        threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
+        yield s, f"http://127.0.0.1:{s.server_port}"
+        s.shutdown()
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_git_blob_id(tmp_path):
+    (tmp_path / "a").write_bytes(b"hello\n")  # printf 'hello\n' | git hash-object --stdin
+    assert git_blob_id(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+@pytest.mark.parametrize("cut,ranges", [(999, False), (40, True)])
+def test_download(mirror, server, tmp_path, capsys, cut, ranges):
+    """Whole, or in pieces: a connection that breaks is resumed where it broke."""
+    s, address = server
+    s.cut, s.ranges = cut, ranges
+    download("nlrx_synth", tmp_path / "a", address + "/")
+    assert contents(tmp_path / "a") == contents(mirror)
+    assert s.asked[:3] == ([("/small_train.jsonl", start) for start in (0, 40, 80)] if ranges else
+                           [("/small_train.jsonl", 0), ("/small_test.jsonl", 0)])
+    download("nlrx_synth", tmp_path / "a", "file:///nowhere")  # what is here and right is not fetched again
+    assert "already here" in capsys.readouterr().out
+    download("nlrx_synth", tmp_path / "b", mirror.as_uri())
+    assert contents(tmp_path / "b") == contents(mirror)
+
+
+@pytest.mark.parametrize("cut,ranges", [(0, True), (40, False), (0, False)])
+def test_a_download_that_gets_no_further_ends(server, tmp_path, cut, ranges):
+    s, address = server
+    s.cut, s.ranges = cut, ranges
+    with pytest.raises(BadInput, match=f"small_train.jsonl: cut off after {cut} of .* bytes; nothing was wr"):
+        download("nlrx_synth", tmp_path / "a", address)
+    assert contents(tmp_path / "a") == {}
+
+
+def test_a_bad_download_leaves_nothing(mirror, server, tmp_path):
+    (mirror / "small_test.jsonl").write_bytes(b"cut")
+    with pytest.raises(BadInput, match="small_test.jsonl: 3 bytes that are not the published file"):
+        download("nlrx_synth", tmp_path / "a", mirror.as_uri())
+    (mirror / "small_test.jsonl").unlink()
+    for address, message in ((server[1], "small_test.jsonl: HTTP Error 404"), ("file:///nowhere", "nowhere")):
+        with pytest.raises(BadInput, match=message):
+            download("nlrx_synth", tmp_path / "a", address)
+    with pytest.raises(BadInput, match="small_train.jsonl: .*refused"):
+        download("nlrx_synth", tmp_path / "b", "http://127.0.0.1:9")
+    assert [*contents(tmp_path / "a")] == ["small_train.jsonl"] and contents(tmp_path / "b") == {}
+
+
+def test_published_and_generated_files_are_never_mixed_up(mirror, tmp_path):
+    """Neither half of each, nor a file that was changed."""
+    download("nlrx_synth", tmp_path, mirror.as_uri())
+    assert load_dataset("nlrx_synth", tmp_path).source == "published"
+    (tmp_path / "small_train.jsonl").unlink()
+    with pytest.raises(BadInput, match="small_train.jsonl: no such file; run `python data.py download"):
+        load_dataset("nlrx_synth", tmp_path)
+    os.truncate(tmp_path / "small_test.jsonl", 50)
+    with pytest.raises(BadInput, match="small_test.jsonl: not the published file; move it away"):
+        load_dataset("nlrx_synth", tmp_path)
+
+
+# ---- Spider's databases ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def archive(mirror, monkeypatch):
+    """A function that makes the mirror's archive of databases, pinned as it is."""
+    def make(members: dict, damage=lambda content: content) -> None:
+        path = mirror / "spider_data.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+        path.write_bytes(damage(path.read_bytes()))
+        monkeypatch.setattr(datasets, "SPIDER_ZIP", (path.name, datasets.sha256(path)))
+    return make
+
+
+def test_databases_are_unpacked(mirror, archive, tmp_path, monkeypatch, capsys):
+    archive({"database/pets/pets.sqlite": b"x" * 1000, "tables.json": b"{}"})
+    download("spider", tmp_path / "a", mirror.as_uri())
+    assert (tmp_path / "a/spider_data/database/pets/pets.sqlite").read_bytes() == b"x" * 1000
+    here = {"small_train.jsonl", "small_test.jsonl"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {*here, "spider_data"}
+    download("spider", tmp_path / "a", "file:///nowhere")
+    assert "spider_data: already here" in capsys.readouterr().out
+    monkeypatch.setattr(datasets, "SPIDER_ZIP", ("spider_data.zip", "0" * 64))
+    with pytest.raises(BadInput, match="spider_data.zip: .* bytes that are not the published file"):
+        download("spider", tmp_path / "b", mirror.as_uri())
+    assert contents(tmp_path / "b").keys() == here
+
+
+HOSTILE = ("../evil", "/evil", "database/../../evil", "a\\..\\..\\evil", "C:evil")
+
+
+@pytest.mark.parametrize("name,damage,message", [
+    *((name, bytes, "would leave .*; nothing was unpacked") for name in HOSTILE),
+    ("b", lambda content: content[:-30], "not a zip file that can be read"),
+    ("b", lambda content: content[:60] + b"\xff" * 20 + content[80:], "not a zip file that can be read")])
+def test_a_hostile_or_damaged_archive(mirror, archive, tmp_path, name, damage, message):
+    archive({"database/a/a.sqlite": bytes(range(256)) * 99, name: b"x"}, damage)
+    with pytest.raises(BadInput, match=message):
+        download("spider", tmp_path / "a", mirror.as_uri())
+    assert not list(tmp_path.glob("**/*evil*")) and not list(tmp_path.glob("**/*.tmp"))
+    assert not (tmp_path / "a" / "spider_data").exists()
