@@ -227,14 +227,17 @@ def test_what_a_finished_run_is_asked(finished_run, program):
 
 
 def test_folders_that_are_no_finished_run(finished_run):
+    """A run.json without the settings that scoring asks for was a KeyError."""
+    run = json.loads((finished_run / "run.json").read_text())
     for gone, message in (("eval.json", "training is not finished"),
                           ("run.json", "run.json: no such file; --dataset scores a model that is no run")):
         (finished_run / gone).unlink()
         with pytest.raises(BadInput, match=message):
             eval.score_run(finished_run, EvalOptions())
-    (finished_run / "run.json").write_text('{"config": {}}')
-    with pytest.raises(BadInput, match="run.json: damaged, or not written by this program"):
-        eval.score_run(finished_run, EvalOptions())
+    for record in ({"config": {}}, run | {"config": {}}, run | {"config": run["config"] | {"n_train": "1"}}):
+        (finished_run / "run.json").write_text(json.dumps(record))
+        with pytest.raises(BadInput, match="run.json: damaged, or not written by this program"):
+            eval.score_run(finished_run, EvalOptions())
 
 
 def test_other_data_only_when_told(tmp_path, monkeypatch):
@@ -265,7 +268,8 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    ("nowhere", "nowhere/config.json: no such file"), ("nowhere --prompt a", "config.json: no such file"),
+    ("nowhere", "run.json: no such file; --dataset scores a model that is no run"),
+    ("nowhere --prompt a", "config.json: no such file"),
     ("", "required: MODEL"), ("x --prom a", "unrecognized arguments: --prom"),
     ("x --max_new_tokens 0", "--max_new_tokens 0: must be 1 or more"),
     ("x --dataset nlrx_synth --n_test 0", "--n_test 0: must be 1 or more"),
