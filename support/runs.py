@@ -19,6 +19,8 @@ except ImportError:  # Windows: nothing keeps a second process out
 
 RECORDED = {"config": dict, "files": dict, "init": dict, "source": str, "dtype": str, "system": str,
             "max_new_tokens": int}
+SCORED_WITH = {"dataset": str, "data_dir": str, "test_file": str, "eval_split": str, "on_long": str,
+               "n_train": int, "n_test": int}  # of its settings
 
 
 def git_commit() -> str | None:
@@ -35,7 +37,8 @@ def read_run(folder: str | Path) -> dict:
     """What run.json holds; BadInput if it is another program's."""
     path = Path(folder) / "run.json"
     run = read_json(path)
-    if not all(type(run.get(name)) is kind for name, kind in RECORDED.items()):
+    if not (all(type(run.get(name)) is kind for name, kind in RECORDED.items())
+            and all(type(run["config"].get(name)) is kind for name, kind in SCORED_WITH.items())):
         raise BadInput(f"{path}: damaged, or not written by this program's train.py")
     return run
 

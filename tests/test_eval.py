@@ -227,10 +227,18 @@ def test_what_a_finished_run_is_asked(finished_run, program):
             program(finished_run, *arguments)
 
 
-def test_an_unfinished_run_is_not_scored(finished_run):
-    (finished_run / "eval.json").unlink()
-    with pytest.raises(BadInput, match="training is not finished"):
-        eval.score_run(finished_run, EvalOptions())
+def test_folders_that_are_no_finished_run(finished_run):
+    """A run.json without the settings that scoring asks for was a KeyError."""
+    run = json.loads((finished_run / "run.json").read_text())
+    for gone, message in (("eval.json", "training is not finished"),
+                          ("run.json", "run.json: no such file; --dataset scores a model that is no run")):
+        (finished_run / gone).unlink()
+        with pytest.raises(BadInput, match=message):
+            eval.score_run(finished_run, EvalOptions())
+    for record in ({"config": {}}, run | {"config": {}}, run | {"config": run["config"] | {"n_train": "1"}}):
+        (finished_run / "run.json").write_text(json.dumps(record))
+        with pytest.raises(BadInput, match="run.json: damaged, or not written by this program"):
+            eval.score_run(finished_run, EvalOptions())
 
 
 def test_other_data_only_when_told(tmp_path, monkeypatch):
@@ -262,6 +270,7 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments,message", [
     ("nowhere", "run.json: no such file; --dataset scores a model that is no run"),
+    ("nowhere --prompt a", "config.json: no such file"),
     ("", "required: MODEL"), ("x --prom a", "unrecognized arguments: --prom"),
     ("x --max_new_tokens 0", "--max_new_tokens 0: must be 1 or more"),
     ("x --dataset nlrx_synth --n_test 0", "--n_test 0: must be 1 or more"),
@@ -273,19 +282,12 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
     ("x --dataset b --other_data --system c", "--system has no effect without --prompt; --other_data has no"),
     ("x --n_test 5 --on_long drop", "--n_test has no effect without --dataset; --on_long has no effect"),
     ("x --format plain", "--format has no effect without --dataset"),
-    ("x --embeddings --max_new_tokens 5 --dataset b", "--max_new_tokens has no effect with --embeddings"),
-    ("nowhere --prompt a", "config.json: no such file")])
+    ("x --embeddings --max_new_tokens 5 --dataset b", "--max_new_tokens has no effect with --embeddings")])
 def test_wrong_arguments(arguments, message, program, capsys):
     with pytest.raises(SystemExit) as status:
         program(*arguments.split())
     error = capsys.readouterr().err
     assert status.value.code == 2 and message in error and error.count("\n") == 1
-
-
-def test_damaged_run_folders(tmp_path):
-    (tmp_path / "run.json").write_text('{"config": {}}')
-    with pytest.raises(BadInput, match="run.json: damaged, or not written by this program"):
-        eval.score_run(tmp_path, EvalOptions())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
