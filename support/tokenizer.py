@@ -1,17 +1,15 @@
-"""Text to ids and back: byte-level BPE (arXiv 1508.07909) through tiktoken.
+"""Text to token ids and back: byte-level BPE (arXiv 1508.07909), encoded by tiktoken.
 
-    train_bpe   a vocabulary of our own, for training from scratch
-    Tokenizer   such a vocabulary, or that of a checkpoint: Llama-3's tokenizer.model, or a byte-level
-                tokenizer.json (the patterns of GPT-2, Llama-3, SmolLM2 and Qwen2; any other is refused)
     Format      how a conversation is written in tokens: plain, llama3, chatml
+    Tokenizer   a vocabulary of our own (bpe.py) or a checkpoint's: Llama-3's tokenizer.model, or a byte-level
+                tokenizer.json that cuts text like GPT-2, Llama-3, SmolLM2 or Qwen2; any other is refused
 
-A special token is only ever written by a Format. In a user's text "<|end|>" is seven characters.
+Only a Format writes special tokens. In a user's text "<|end|>" is seven characters.
 """
 import base64
 import json
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,69 +17,42 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
-from support.files import BadInput, atomic, read_json, write_text
-
-# ---- a vocabulary of our own -------------------------------------------------------------------------------
-
-# What may merge decides what the model sees as one thing. Punctuation stands alone: a vocabulary that merges
-# runs of it has tokens like `)&(`, which tie unrelated brackets together. But a class such as `[a-z]` is one
-# thing and may merge: a fifth fewer tokens.
-PATTERN = r"\[[^\]\s]*\]| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
-
-
-def merge(ids: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, ...]:
-    """Replace every occurrence of the pair, from the left: merge((1, 2, 1, 2, 2), (1, 2), 9) is (9, 9, 2)."""
-    merged, i = [], 0
-    while i < len(ids):
-        if ids[i:i + 2] == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return tuple(merged)
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Byte-level BPE: from 256 bytes, again and again the most frequent neighbours inside a piece become one
-    token.
-
-    Returns tiktoken's mergeable ranks, at most vocab_size of them (fewer where nothing is left to merge).
-    Pieces are what the pattern cuts; ties go to the pair of lowest ids.
-    """
-    pieces = Counter(piece for text in texts for piece in regex.findall(pattern, text))
-    words = {tuple(piece.encode("utf-8")): count for piece, count in pieces.items()}
-    tokens = [bytes([byte]) for byte in range(256)]
-    while len(tokens) < vocab_size:
-        pairs = Counter()
-        for ids, count in words.items():
-            for pair in pairwise(ids):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-        merged = Counter()
-        for ids, count in words.items():
-            merged[merge(ids, best, len(tokens) - 1)] += count
-        words = merged
-    return {token: rank for rank, token in enumerate(tokens)}
-
+from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
+from support.files import BadInput, atomic, read_json
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
 
-# What each family cuts a text into before it merges.
+# The patterns of four families. SmolLM2 cuts out every digit first and treats the rest as GPT-2 does, so that
+# a run of spaces ends at a digit as it does at the end of the text.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# SmolLM2 cuts every digit out first, and what is left as GPT-2 does: a digit ends a run of spaces like an end
 SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 LLAMA3_SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
+
+
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """The ranks in a file of tiktoken's format. (tiktoken's own loader would cache the file by its path.)"""
+    ranks, content = {}, path.read_bytes()
+    if content[:1] == b"\n" or b"<unk>" in content[:64]:
+        raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, i = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(i)
+        except ValueError:
+            raise BadInput(f"{path}:{number}: expected `base64-token rank`") from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise BadInput(f"{path}: the vocabulary lacks the bytes {missing[:8]}; it is not byte-level")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise BadInput(f"{path}: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
+    return ranks
 
 
 def byte_letters() -> dict[str, int]:
@@ -92,51 +63,29 @@ def byte_letters() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """The ranks in a file of tiktoken's format. Read here: tiktoken's own loader caches a file by its
-    path."""
-    ranks, content = {}, path.read_bytes()
-    if content[:1] == b"\n" or b"<unk>" in content[:64]:
-        raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise BadInput(f"{path}:{number}: expected `base64-token rank`") from None
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:  # tiktoken would panic at the first such byte
-        raise BadInput(f"{path}: the vocabulary lacks the bytes {missing[:8]}; it is not byte-level")
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise BadInput(f"{path}: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
-    return ranks
+def flat_steps(stage: dict | None, key: str) -> list[dict]:
+    """The steps of a tokenizer.json's normalizer or pre_tokenizer. A Sequence holds its own under `key`."""
+    if stage is None or stage["type"] != "Sequence":
+        return [] if stage is None else [stage]
+    return [step for inner in stage[key] for step in flat_steps(inner, key)]
 
 
-def steps_of(stage: dict | None, key: str) -> list[dict]:
-    """The steps of a normalizer or pre_tokenizer of a tokenizer.json, sequences unrolled."""
-    if stage is None:
-        return []
-    if stage["type"] == "Sequence":
-        return [step for inner in stage[key] for step in steps_of(inner, key)]
-    return [stage]
-
-
-def cut_of(steps: list[dict]) -> str | None:
-    """The pattern of a tokenizer.json's pre_tokenizer, if it is one of those above."""
-    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space", True):
-        return None
-    if steps[-1].get("use_regex", True):
-        before = [(step["type"], step.get("individual_digits")) for step in steps[:-1]]
-        return {(): GPT2, (("Digits", True),): SMOLLM2}.get(tuple(before))
-    if [step["type"] for step in steps] == ["Split", "ByteLevel"]:
-        split = steps[0]
-        if split["behavior"] == "Isolated" and not split.get("invert"):
-            return {LLAMA3: LLAMA3, QWEN2: QWEN2}.get(split["pattern"].get("Regex"))
+def known_pattern(steps: list[dict]) -> str | None:
+    """The one of the four patterns that cuts as these steps of a pre_tokenizer do, if any."""
+    match [{"use_regex": True, "invert": False} | step for step in steps]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return SMOLLM2
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return pattern if pattern in (LLAMA3, QWEN2) else None
     return None
 
 
-def merged(token: bytes, merges: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """What the merges make of a token's bytes, the one listed first taken first."""
+def apply_merges(token: bytes, merges: dict[tuple[bytes, bytes], int]) -> list[bytes]:
+    """What remains of a token's single bytes after all merges, each time the one of the lowest rank."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 1:
         ranks = [merges.get(pair, len(merges)) for pair in pairwise(parts)]
@@ -147,78 +96,81 @@ def merged(token: bytes, merges: dict[tuple[bytes, bytes], int]) -> list[bytes]:
     return parts
 
 
+def parse_tokenizer_json(content: dict) -> dict:
+    """ranks, pattern, special and nfc of a byte-level tokenizer.json, as Tokenizer takes them.
+
+    tiktoken merges the pair whose token has the lowest id, merges any two tokens whose union is a token, and
+    keeps a piece whole that is a token. BadInput if the file's own rules could give other tokens.
+    """
+    def require(fact, otherwise: str) -> None:
+        if not fact:
+            raise BadInput(otherwise)
+
+    model, letters = content["model"], byte_letters()
+    require(model.get("type", "BPE") == "BPE", f"a tokenizer of type {model.get('type')}")
+    normalizers = [step["type"] for step in flat_steps(content.get("normalizer"), "normalizers")]
+    require(normalizers in ([], ["NFC"]),
+            f"its normalizer is {' + '.join(normalizers)} (a sentencepiece tokenizer?)")
+    pattern = known_pattern(flat_steps(content.get("pre_tokenizer"), "pretokenizers"))
+    require(pattern, f"its pre_tokenizer is {json.dumps(content.get('pre_tokenizer'))[:200]}")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        require(not model.get(key), f"its {key} is {model.get(key)!r}")
+    special = {}
+    for token in content.get("added_tokens") or []:
+        special[token["content"]] = token["id"]
+        token["content"].encode("utf-8")  # ValueError: half of a surrogate pair
+        require(token.get("special") or regex.fullmatch(r"<.+>", token["content"]),
+                f"its added token {token['content']!r} is ordinary text")
+    ranks = {bytes(letters[letter] for letter in token): i for token, i in model["vocab"].items()
+             if token not in special}
+    ids = [*ranks.values(), *special.values()]
+    require(ranks and all(type(i) is int and 0 <= i < 2**28 for i in ids),
+            "its vocabulary is empty or has ids that are no numbers")
+    require(len(set(ids)) == len(ids), "two of its tokens have the same id")
+    merges, last = {}, -1
+    for pair in model["merges"]:
+        a, b = (bytes(letters[letter] for letter in part)
+                for part in (pair.split(" ") if isinstance(pair, str) else pair))
+        require(last <= ranks[a + b], "its merges do not stand in the order of their ids")
+        last = ranks[a + b]
+        merges.setdefault((a, b), len(merges))
+    for token in () if model.get("ignore_merges") else ranks:
+        require(len(token) < 2 or apply_merges(token, merges) == [token],
+                f"its token {token!r} is not what its merges make of these bytes")
+    return {"ranks": ranks, "pattern": pattern, "special": special, "nfc": normalizers == ["NFC"]}
+
+
 def read_tokenizer_json(path: Path) -> dict:
-    """ranks, pattern, special and nfc of a byte-level tokenizer.json, as Tokenizer takes them. BadInput names
-    the kind of any other, and what tiktoken would do otherwise: there the lower id is merged first, any two
-    tokens merge whose union is one, and a piece that is a token is never cut."""
-    def refuse(what: str):
-        raise BadInput(f"{path}: {what}; only byte-level BPE with the pattern of GPT-2, Llama-3, SmolLM2 or "
-                       "Qwen2 is read here")
+    """parse_tokenizer_json of a file; BadInput names it."""
     content = read_json(path)
     try:
-        model = content["model"]
-        if model.get("type", "BPE") != "BPE":
-            refuse(f"a tokenizer of type {model['type']}")
-        normalizers = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers")]
-        pattern = cut_of(steps_of(content.get("pre_tokenizer"), "pretokenizers"))
-        if normalizers not in ([], ["NFC"]):
-            refuse(f"its normalizer is {' + '.join(normalizers)} (a sentencepiece tokenizer?)")
-        if pattern is None:
-            refuse(f"its pre_tokenizer is {json.dumps(content.get('pre_tokenizer'))[:200]}")
-        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-            if model.get(key):
-                refuse(f"its {key} is {model[key]!r}")
-        special = {}
-        for token in content.get("added_tokens") or []:
-            special[token["content"]] = token["id"]
-            if not token.get("special") and not regex.fullmatch(r"<.+>", token["content"]):
-                refuse(f"its added token {token['content']!r} is ordinary text")
-        letters = byte_letters()
-        ids = {bytes(letters[letter] for letter in token): number for token, number in model["vocab"].items()
-               if token not in special}
-        numbers = [*ids.values(), *special.values()]
-        if not ids or any(type(number) is not int or not 0 <= number < 2**28 for number in numbers):
-            refuse("its vocabulary is empty or has ids that are no numbers")
-        if len({*numbers}) < len(numbers):
-            refuse("two of its tokens have the same id")
-        merges, last = {}, -1
-        for pair in model["merges"]:
-            a, b = (bytes(letters[letter] for letter in part)
-                    for part in (pair.split(" ") if isinstance(pair, str) else pair))
-            if ids[a + b] < last:
-                refuse("its merges do not stand in the order of their ids")
-            last = ids[a + b]
-            merges.setdefault((a, b), len(merges))
-        if not model.get("ignore_merges"):
-            for token in ids:
-                if len(token) > 1 and merged(token, merges) != [token]:
-                    refuse(f"its token {token!r} is not what its merges make of these bytes")
-        for token in special:
-            token.encode("utf-8")
-        return {"ranks": ids, "pattern": pattern, "special": special, "nfc": normalizers == ["NFC"]}
+        return parse_tokenizer_json(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        refuse(f"not understood ({type(error).__name__}: {error})")
+        what = error if isinstance(error, BadInput) else f"not understood ({type(error).__name__}: {error})"
+        raise BadInput(f"{path}: {what}; only byte-level BPE with the pattern of GPT-2, Llama-3, SmolLM2 or "
+                       "Qwen2 is read here") from None
 
 
 # ---- how a conversation is written -------------------------------------------------------------------------
 
-FORMAT_TOKENS = {"plain": ("<|begin|>", "<|sep|>", "<|end|>"),
-                 "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-                 "chatml": ("<|im_start|>", "<|im_end|>")}
-FORMATS = ("auto", *FORMAT_TOKENS)  # auto: the first of these whose special tokens the tokenizer has
+# What starts a conversation, and what stands before and after a turn of each role. What is said is tokenized
+# apart from these marks, so training and generation share the prompt's ids. The last mark ends an answer.
+ROLES = ("system", "user", "assistant")
+TEMPLATES = {
+    "plain": ("<|begin|>", {"user": ("", "<|sep|>"), "assistant": ("", "<|end|>")}),  # no system turn
+    "llama3": ("<|begin_of_text|>",
+               {role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
+    "chatml": ("", {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ROLES})}
+MARK = r"(<\|\w+\|>)"
+FORMAT_TOKENS = {name: tuple(dict.fromkeys(regex.findall(MARK, start + str(turns))))
+                 for name, (start, turns) in TEMPLATES.items()}
+FORMATS = ("auto", *TEMPLATES)  # auto: the first of these whose special tokens the tokenizer has
 
 
 @dataclass(frozen=True)
 class Format:
-    """A conversation is `start`, then for every turn opening[role], what is said, closing[role].
-
-    plain   <|begin|> TEXT <|sep|> CODE <|end|>              for training from scratch; no system turn
-    llama3  <|begin_of_text|>, then for every turn <|start_header_id|>role<|end_header_id|>, two newlines,
-            what is said, <|eot_id|>
-    chatml  for every turn <|im_start|>role, newline, what is said, <|im_end|>, newline
-    """
+    """A template in token ids: a conversation is `start`, then for every turn opening[role], what is said,
+    closing[role]."""
     name: str
     start: list[int]
     opening: dict[str, list[int]]
@@ -227,7 +179,7 @@ class Format:
 
 
 def make_format(name: str, special: dict[str, int], encode: Callable[[str], list[int]]) -> Format:
-    """name: one of FORMATS. BadInput if the tokenizer lacks its special tokens."""
+    """name: one of FORMATS; special: token -> id. BadInput if the tokenizer lacks the format's tokens."""
     if name == "auto":
         name = next((n for n, tokens in FORMAT_TOKENS.items() if special.keys() >= set(tokens)), "")
         if not name:
@@ -236,36 +188,34 @@ def make_format(name: str, special: dict[str, int], encode: Callable[[str], list
     missing = [token for token in FORMAT_TOKENS[name] if token not in special]
     if missing:
         raise BadInput(f"--format {name}: the tokenizer has no {', '.join(missing)}")
-    at = [special[token] for token in FORMAT_TOKENS[name]]
-    roles = ("system", "user", "assistant")
-    if name == "plain":
-        begin, sep, end = at
-        return Format(name, [begin], {"user": [], "assistant": []}, {"user": [sep], "assistant": [end]}, end)
-    if name == "llama3":
-        begin, left, right, end = at
-        opening = {role: [left, *encode(role), right, *encode("\n\n")] for role in roles}
-        return Format(name, [begin], opening, {role: [end] for role in roles}, end)
-    left, end = at
-    opening = {role: [left, *encode(role + "\n")] for role in roles}
-    return Format(name, [], opening, {role: [end, *encode("\n")] for role in roles}, end)
+
+    def ids(template: str) -> list[int]:
+        return [i for part in regex.split(MARK, template)
+                for i in ([special[part]] if part in FORMAT_TOKENS[name] else encode(part))]
+
+    start, turns = TEMPLATES[name]
+    opening = {role: ids(before) for role, (before, _) in turns.items()}
+    closing = {role: ids(after) for role, (_, after) in turns.items()}
+    return Format(name, ids(start), opening, closing, end=special[FORMAT_TOKENS[name][-1]])
 
 
 # ---- both together -----------------------------------------------------------------------------------------
 
+# files of a checkpoint that belong to its tokenizer; a run's folder gets them unchanged
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 
 
 class Tokenizer:
-    """A tiktoken.Encoding, and the format that conversations have in it.
+    """A tiktoken.Encoding, and the format of conversations.
 
-    ranks       token -> id; the lower of two ids is merged first
-    pattern     cuts a text into the pieces within which tokens merge
-    special     special token -> id; None: those of the plain format, behind the ranks
-    nfc         texts are brought to Unicode's form NFC first
+    ranks       token -> id; the pair whose token has the lowest id is merged first
+    pattern     a regex that cuts a text into pieces; tokens merge only inside a piece
+    special     special token -> id; None: those of the plain format, numbered after the ranks
+    nfc         whether texts are brought to Unicode's form NFC first
     format      one of FORMATS
-    vocab_size  V of the model, whose vocabulary may be larger than the tokenizer's; 0: just what is needed
-    files       what `save` writes; None: the two files of a vocabulary of our own
+    vocab_size  V of the model, whose vocabulary may be larger than the tokenizer's; 0: no larger
+    files       name -> content, what `save` writes; None: the two files of a vocabulary of our own
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special: dict[str, int] | None = None,
@@ -281,13 +231,12 @@ class Tokenizer:
         if self.vocab_size < needed:
             raise BadInput(f"the tokenizer has ids up to {needed - 1}, but the model's vocabulary ends at "
                            f"{self.vocab_size - 1}; is it another model's?")
-        # tiktoken panics at a byte that it has no token for; encode finds these out by their ids
-        lacking = [byte for byte in (bytes([i]) for i in range(256)) if byte not in ranks]
-        padded = ranks | {byte: self.vocab_size + byte[0] for byte in lacking}
-        self.lacking = {self.vocab_size + byte[0] for byte in lacking}
+        # tiktoken panics at a byte that is no token, so such a byte gets an id beyond V, which encode refuses
+        self.missing = {self.vocab_size + i: bytes([i]) for i in range(256) if bytes([i]) not in ranks}
         try:
-            self.encoding = tiktoken.Encoding("llm-jepa", pat_str=pattern, mergeable_ranks=padded,
-                                              special_tokens={})
+            self.encoding = tiktoken.Encoding(
+                "llm-jepa", pat_str=pattern, special_tokens={},
+                mergeable_ranks=ranks | {byte: i for i, byte in self.missing.items()})
         except (ValueError, TypeError, OverflowError) as error:
             raise BadInput(f"the tokenizer's pattern {pattern!r} is no regex ({error})") from None
         self.format = make_format(format, special, self.encode)
@@ -296,17 +245,17 @@ class Tokenizer:
         """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks."""
         try:
             ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
-        except BaseException as error:  # tiktoken's regex gives up on a million blanks, as a panic
+        except BaseException as error:  # tiktoken's regex panics at a million blanks
             if type(error).__name__ != "PanicException":
                 raise
             raise BadInput(f"{text[:30]!r}... ({len(text)} characters): tiktoken cannot cut it") from None
-        if self.lacking and not self.lacking.isdisjoint(ids):
-            byte = next(i for i in ids if i in self.lacking) - self.vocab_size
+        if self.missing and not self.missing.keys().isdisjoint(ids):
+            byte, = next(self.missing[i] for i in ids if i in self.missing)
             raise BadInput(f"{text[:30]!r}... has the byte {byte:#04x}, which the vocabulary lacks")
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text; what is no UTF-8, and an id of the model that is no token, is U+FFFD."""
+        """The text; U+FFFD where it is not UTF-8, and for an id of the model that is no token."""
         return b"".join(self.tokens.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
 
     def name(self, token: int) -> str:
@@ -317,16 +266,13 @@ class Tokenizer:
         return name if name.isprintable() else repr(name)[1:-1]
 
     def save(self, folder: str | Path) -> None:
-        """The checkpoint's own files, or tokenizer.model in tiktoken's format (base64 of the token, its rank)
-        and the pattern in a JSON file."""
-        if self.files is not None:
-            for name, content in self.files.items():
-                with atomic(Path(folder) / name) as temporary:
-                    temporary.write_bytes(content)
-            return
-        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
-        write_text(Path(folder) / "tokenizer.model", "".join(lines))
-        write_text(Path(folder) / "tokenizer_config.json", json.dumps({"pattern": self.pattern}) + "\n")
+        """Write the checkpoint's files, or tokenizer.model in tiktoken's format and the pattern as JSON."""
+        lines = (f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
+        own = {"tokenizer.model": "".join(lines).encode(),
+               "tokenizer_config.json": (json.dumps({"pattern": self.pattern}) + "\n").encode()}
+        for name, content in (own if self.files is None else self.files).items():
+            with atomic(Path(folder) / name) as temporary:
+                temporary.write_bytes(content)
 
     @classmethod
     def load(cls, folder: str | Path, vocab_size: int = 0, format: str = "auto") -> "Tokenizer":
@@ -335,15 +281,15 @@ class Tokenizer:
         own = folder / "tokenizer_config.json"
         pattern = read_json(own).get("pattern") if own.exists() else None
         files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
-        if (folder / "tokenizer.json").exists():
+        if "tokenizer.json" in files:
             options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}
-        elif not (folder / "tokenizer.model").exists():
+        elif "tokenizer.model" not in files:
             raise BadInput(f"{folder / 'tokenizer.json'}: no such file, and no tokenizer.model either")
         else:
             ranks = read_tiktoken(folder / "tokenizer.model")
             special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
             options = {"ranks": ranks, "pattern": LLAMA3, "special": special, "files": files}
-            if pattern is not None:
+            if pattern is not None:  # a vocabulary of our own
                 options = {"ranks": ranks, "pattern": pattern}
         try:
             return cls(**options, vocab_size=vocab_size, format=format)
