@@ -81,8 +81,6 @@ class Batch:
     def to(self, device: torch.device, wait: bool = False):
         """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting for it."""
         def move(x):
-            if isinstance(x, list):
-                return [move(each) for each in x]
             if not isinstance(x, Tensor):
                 return x
             if device.type != "cuda" or wait:
@@ -109,15 +107,13 @@ class ThreePassBatch(Batch):
 
 @dataclass
 class FusedBatch(Batch):
-    """Rows of segments, see jepa_loss.py; the *_at are flat: row * T + column. Where some examples have views
-    and others have none, neither kind of rows is padded to the other's length: B is 1, T counts the tokens of
-    all rows, and `segment` and `parent` are lists of two, each with the rows and columns of one kind."""
+    """Rows of segments, see jepa_loss.py; the *_at are flat: row * T + column."""
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
     label_at: Tensor  # (M,) where labels is not -100, flat
     positions: Tensor  # (B, T)
-    segment: Tensor | list | None  # (B, T), unique numbers in a row; None: each row is one segment and pads
-    parent: Tensor | list | None  # (B, T)
+    segment: Tensor | None  # (B, T), unique numbers in a row; None: each row is one segment and pads
+    parent: Tensor | None  # (B, T)
     pred_at: Tensor | None  # (N,); None: no views
     enc_at: Tensor | None  # (N,)
     pair_weight: Tensor | None  # (N,) 1, or 0 where a pair only fills up a fixed shape; None: all are real
@@ -242,28 +238,10 @@ def filled(at: list[int] | Tensor, n: int, value: int) -> Tensor:
     return torch.cat([torch.as_tensor(at, dtype=torch.long), torch.full((max(0, n - len(at)),), value)])
 
 
-def one_row(a: FusedBatch, b: FusedBatch) -> FusedBatch:
-    """Two batches as one row of ids, the rows of a and then those of b; b has no views."""
-    def both(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([x.flatten(), y.flatten()])[None]
-
-    causal = torch.zeros_like(b.ids)
-    counts = {name: getattr(a, name) + getattr(b, name)
-              for name in ("n_tokens", "n_pairs", "n_real", "n_visible")}
-    return FusedBatch(
-        both(a.ids, b.ids), both(a.labels, b.labels), torch.cat([a.label_at, b.label_at + a.ids.numel()]),
-        both(a.positions, b.positions), segment=[a.segment, causal], parent=[a.parent, causal],
-        pred_at=a.pred_at, enc_at=a.enc_at, pair_weight=None, **counts)
-
-
 def collate_fused(examples: list[Views], keep: list[bool], row_len: int = 0,
                   shape: Shape | None = None) -> FusedBatch:
     """Rows of one example each, or of as many as fit into row_len tokens. keep[i]: has example i views?
     shape (with row_len): fill up to it with pads, labels of none and pairs of weight 0."""
-    if not row_len and 0 < sum(keep) < len(keep):
-        kept = [views for views, has in zip(examples, keep, strict=True) if has]
-        rest = [views for views, has in zip(examples, keep, strict=True) if not has]
-        return one_row(collate_fused(kept, [True] * len(kept)), collate_fused(rest, [False] * len(rest)))
     trees = [lay_out(views, kept) for views, kept in zip(examples, keep, strict=True)]
     lengths = [len(tree.ids) for tree in trees]
     rows = pack(lengths, row_len) if row_len else [[i] for i in range(len(trees))]
@@ -384,9 +362,7 @@ def ahead(items: Iterator, n: int = 2) -> Iterator:
 
 def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool = False) -> str:
     """One row of a fused batch as text: token, segment, parent, position, label, and the keys that it sees
-    (#). ValueError if its rows are laid end to end (see FusedBatch): collate those with views alone."""
-    if isinstance(batch.segment, list):
-        raise ValueError("examples with and without views: draw them apart")
+    (#)."""
     names = [tokenizer.name(token) for token in batch.ids[row].tolist()]
     T, width = len(names), max(map(len, names))
     segment = torch.zeros(1, T, dtype=torch.long) if batch.segment is None else batch.segment[row, None]

@@ -10,7 +10,8 @@ from support import distributed as ranks
 from data import PUBLISHED
 from support.files import BadInput, Parser
 from jepa_loss import DISTANCES
-from model import DEVICES, PRESETS, ModelConfig, device_available, pick_device
+from model import PRESETS, ModelConfig
+from support.distributed import DEVICES, device_available, pick_device
 from support.tokenizer import FORMATS
 
 

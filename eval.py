@@ -38,7 +38,8 @@ from data import Dataset, Example, announce, load_dataset, render_prompt, render
 from experiments.plots import analyse, embed_pairs, plot, plotting, targets
 from support.files import BadInput, Parser, main_guard, write_text
 from jepa_loss import collapse_report, ntp
-from model import DEVICES, KVCache, Transformer, pick_device
+from model import KVCache, Transformer
+from support.distributed import DEVICES, pick_device
 from experiments.compare import arms_of, caption, compare, comparison, read_result, table
 from support.runs import read_run, summary, verify
 from tasks.scorers import check_databases, scorer_of
@@ -117,7 +118,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], end: int, limit
         if 2 * len(going) < len(rows):  # finished rows cost as much as others: drop them now and then
             keep = torch.tensor(going, device=device)
             rows, tokens, first = [rows[r] for r in going], tokens[keep], first[keep]
-            cache.keep(keep)
+            cache.select(keep)
         mask = column[:now + 1] >= first  # (B, S)
         hidden = model(tokens[:, None], now - first, mask[:, None, None], cache)
     return [Answer(w, s) for w, s in zip(written, stopped, strict=True)]

@@ -168,12 +168,9 @@ def fused(model: Callable, batch, distance: Callable = cosine, masking: Callable
     ids, labels, positions, segment, parent (B, T); label_at (M,); pred_at, enc_at (N,). Rows of one segment
     each (lam = 0, one example a row) have segment None and are plainly causal. pair_weight (N,), or None: 0
     for pairs that only fill up a fixed shape. tube_at (3, N), or None: see `tube`. masking: dense_mask or
-    flex_mask. Of a batch of which only some examples have views, segment and parent are lists (FusedBatch).
+    flex_mask.
     """
-    if isinstance(batch.segment, list):
-        mask = [masking(*kind) for kind in zip(batch.segment, batch.parent, strict=True)]
-    else:
-        mask = None if batch.segment is None else masking(batch.segment, batch.parent)
+    mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden = model(batch.ids, batch.positions, mask)  # (B, T, C)
     ntp_sum = ntp(model.head, hidden, batch.labels, batch.label_at)
     if batch.tube_at is not None:

@@ -39,7 +39,9 @@ from eval import VIEW_OPTIONS, default_max_new_tokens, evaluate
 from support.files import BadInput, Interrupted, interrupts, main_guard, read_json, write_text
 from jepa_loss import DISTANCES, Losses, dense_mask, flex_mask, fused, stop_gradient, three_pass
 from jepa_loss import total_loss
-from model import Transformer, pick_device
+from model import Transformer
+from support.distributed import pick_device
+from support.lora import add_lora, merge_lora
 from tasks.datasets import sha256
 from experiments.compare import brief, read_result, table
 from support.runs import Run, git_commit, summary, trainable, verify
@@ -173,7 +175,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     if c.lora_rank > model.config.dim:
         raise BadInput(f"--lora_rank {c.lora_rank}: more than the model's width of {model.config.dim}")
     if c.lora_rank:
-        model.add_lora(c.lora_rank, c.lora_dropout, c.seed)
+        add_lora(model, c.lora_rank, c.lora_dropout, c.seed)
     return model, tokenizer
 
 
@@ -223,7 +225,7 @@ def finish(folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset
            limit: int) -> dict:
     """Write the model, adapters merged, and its score on the whole test split; print five answers."""
     set_precision("float32")
-    model.merge_lora()
+    merge_lora(model)
     model.save_pretrained(folder)
     tokenizer.save(folder)
     result, answers = evaluate(model, tokenizer, data, options, limit)

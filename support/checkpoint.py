@@ -1,17 +1,14 @@
-"""Hugging Face's folders: config.json and *.safetensors, read and written. Nothing here knows of layers.
-
-    read_config, write_config     config.json of a Llama
-    tensor_files, load_tensor     one file or many (shards), one tensor at a time
-    save_tensors
-"""
+"""Hugging Face folders of Llama models (config.json and *.safetensors): load_folder and save_folder."""
 import contextlib
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.files import BadInput, atomic, read_json, write_text
 
@@ -22,29 +19,39 @@ HF_NAMES = {"vocab_size": ("vocab_size", int), "dim": ("hidden_size", int),
             "ffn_dim": ("intermediate_size", int), "max_seq_len": ("max_position_embeddings", int),
             "rope_theta": ("rope_theta", float), "norm_eps": ("rms_norm_eps", float),
             "tie_embeddings": ("tie_word_embeddings", bool)}
+# the keys for which model.py has no setting
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+PRED_FILE = "pred_embedding.safetensors"  # the [PRED] rows, for which a Llama folder has no place
 
 
 def hf_name(name: str) -> str:
+    """What a Hugging Face checkpoint calls the parameter that our model calls `name`."""
     return name if name.startswith("lm_head") else "model." + name
 
 
-def write_config(path: Path, config: dict, dtype: str) -> None:
-    """What `transformers.AutoModelForCausalLM` wants to know; config: a ModelConfig as a dict."""
-    entries = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False,
-               "mlp_bias": False, "bos_token_id": None, "eos_token_id": None, **config["others"],
-               "model_type": "llama", "torch_dtype": dtype, "rope_scaling": config["rope_scaling"],
-               **{theirs: config[ours] for ours, (theirs, _) in HF_NAMES.items()}}
-    write_text(path, json.dumps(entries, indent=2) + "\n")
+def rope_scaling(path: Path, scaling: dict) -> dict | None:
+    """The rope_scaling of a ModelConfig from that of a config.json at `path`."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise BadInput(f"{path}: rope_type is {kind!r}, only 'default' and 'llama3' are known here")
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    good = all(type(scaling.get(key)) in (int, float) and 0 < scaling[key] < 1e30 for key in needed)
+    if not good or scaling["low_freq_factor"] == scaling["high_freq_factor"]:
+        raise BadInput(f"{path}: rope scaling llama3 needs {', '.join(needed)}: numbers above 0, the two "
+                       "freq_factors not equal")
+    return {"rope_type": "llama3", **{key: scaling[key] for key in needed}}
 
 
 def read_config(path: Path) -> dict:
-    """The fields of a ModelConfig, with the defaults of transformers' LlamaConfig; BadInput if the file is
-    that of another kind of model."""
+    """The fields of a ModelConfig; a missing key has the default of transformers' LlamaConfig. BadInput if
+    model.py is another kind of model than the file describes."""
     theirs = read_json(path)
-    for key, known in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
-                       ("mlp_bias", False), ("quantization_config", None)):
-        if theirs.get(key, None if key == "model_type" else known) != known:
-            raise BadInput(f"{path}: {key} is {theirs.get(key)!r}, only {known!r} is known here")
+    for key, only in (FIXED | {"quantization_config": None}).items():
+        value = theirs.get(key, None if key == "model_type" else only)
+        if value != only:
+            raise BadInput(f"{path}: {key} is {value!r}, only {only!r} is known here")
     rope = theirs.get("rope_parameters") or {}  # transformers 5 writes both rope entries into this one
     scaling = theirs.get("rope_scaling") or rope
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
@@ -56,33 +63,88 @@ def read_config(path: Path) -> dict:
     for name, (key, kind) in HF_NAMES.items():
         value = given.get(key, ours["dim"] // ours["n_heads"] if key == "head_dim" else None)
         good = type(value) is kind or kind is float and type(value) is int
-        limit = 2**28 if kind is int else 1e30  # no tensor's size can overflow then, no number a float
+        limit = 2**28 if kind is int else 1e30  # below these no tensor's size and no float overflows
         if not good or kind is not bool and not 0 < value < limit:
             raise BadInput(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}"
                            + ("" if kind is bool else f", above 0 and below {limit}"))
         ours[name] = value
     if ours["n_heads"] % ours["n_kv_heads"] or ours["head_dim"] % 2:
         raise BadInput(f"{path}: num_key_value_heads must divide num_attention_heads, and head_dim be even")
-    known = {*(key for key, _ in HF_NAMES.values()), "rope_scaling", "rope_parameters", "torch_dtype",
-             "dtype", "transformers_version", "architectures", "model_type", "hidden_act", "attention_bias",
-             "mlp_bias"}
-    others = {key: value for key, value in theirs.items() if key not in known and value is not None}
-    return ours | {"others": others}
+    known = {*(key for key, _ in HF_NAMES.values()), *FIXED, "rope_scaling", "rope_parameters", "torch_dtype",
+             "dtype", "transformers_version", "architectures"}
+    return ours | {"others": {k: v for k, v in theirs.items() if k not in known and v is not None}}
 
 
-def rope_scaling(path: Path, scaling: dict) -> dict | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise BadInput(f"{path}: rope_type is {kind!r}, only 'default' and 'llama3' are known here")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for key in needed:
-        if type(scaling.get(key)) not in (int, float) or not 0 < scaling[key] < 1e30:
-            raise BadInput(f"{path}: rope scaling llama3 needs {key}, a number above 0")
-    if scaling["low_freq_factor"] == scaling["high_freq_factor"]:
-        raise BadInput(f"{path}: rope scaling llama3 needs two different freq_factors")
-    return {"rope_type": "llama3", **{key: scaling[key] for key in needed}}
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file, mapped into memory; BadInput if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; weights come from safetensors alone, never from pickles like "
+                       "pytorch_model.bin, which may run code") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor: model.safetensors, or the shards that an index names. Left out are the rope
+    tables of old checkpoints."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        with opened(single) as file:
+            shards = dict.fromkeys(file.keys(), single.name)
+    else:
+        shards = read_json(index).get("weight_map")
+        names = shards.values() if isinstance(shards, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise BadInput(f"{index}: weight_map must name, for every tensor, a file of its folder")
+    return {name: folder / file for name, file in shards.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def load_tensor(path: Path, name: str, shape: tuple, dtype: torch.dtype | None) -> Tensor:
+    """One tensor of a safetensors file, in this dtype (None: as it is stored); None in shape: any size but 0.
+
+    As it is stored, it is mapped from the file. Converted, it is a copy, and the mapping's pages are freed.
+    """
+    with opened(path) as file:
+        stored, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+        if len(stored) != len(shape) or 0 in stored or any(
+                wanted not in (None, found) for wanted, found in zip(shape, stored, strict=True)):
+            raise BadInput(f"{path}: {name} has shape {tuple(stored)}, config.json says {tuple(shape)}")
+        if kind not in ("F64", "F32", "BF16", "F16"):
+            raise BadInput(f"{path}: tensor {name} is of type {kind} (quantized?); only float32, bfloat16 "
+                           "and float16 are read")
+        return file.get_tensor(name).to(dtype)
+
+
+def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.dtype | None) -> nn.Module:
+    """build(fields of a ModelConfig), with the stored tensors as its parameters; dtype: see load_tensor.
+
+    Every tensor goes straight from its file into its parameter: the peak of memory is the weights and one
+    tensor. BadInput names the file, and a tensor that is missing, unknown, misshapen or of another type.
+    """
+    config, stored = read_config(folder / "config.json"), tensor_files(folder)
+    if config["n_layers"] > len(stored):  # or a wrong number could build a billion blocks
+        raise BadInput(f"{folder}: has fewer tensors than config.json has layers")
+    model = build(config)
+    for name, weight in list(model.named_parameters()):
+        theirs, (module, _, leaf) = hf_name(name), name.rpartition(".")
+        if theirs not in stored:
+            raise BadInput(f"{folder}: tensor {theirs} is missing; is config.json another model's?")
+        tensor = load_tensor(stored.pop(theirs), theirs, weight.shape, dtype)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    embedding = model.get_parameter("embed_tokens.weight")
+    head = stored.pop("lm_head.weight", None)  # some exports write it although it is the embedding
+    if head and not torch.equal(load_tensor(head, "lm_head.weight", embedding.shape, dtype), embedding):
+        raise BadInput(f"{folder}: config.json ties lm_head.weight to the embedding, but they differ")
+    if stored:
+        raise BadInput(f"{folder}: unknown tensor {min(stored)}; is config.json another model's?")
+    if (folder / PRED_FILE).exists():
+        rows = load_tensor(folder / PRED_FILE, "pred_embedding", (None, embedding.shape[1]), dtype)
+        model.pred_embedding = nn.Parameter(rows)
+    return model
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -94,58 +156,21 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 
-@contextlib.contextmanager
-def opened(path: Path):
-    """A safetensors file, mapped into memory; BadInput if there is none or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-        if pickles and not (folder / "model.safetensors").exists():
-            raise BadInput(f"{folder}: has {pickles[0]}, a pickle, which may run code and is never loaded; "
-                           "save the model as safetensors first (transformers: save_pretrained)")
-        return [folder / "model.safetensors"]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s and s.isprintable()
-                                               and s.endswith(".safetensors") for s in shards.values()):
-        raise BadInput(f"{index}: weight_map must name, for every tensor, a file of its folder")
-    return [folder / shard for shard in sorted(set(shards.values()))]
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file every stored tensor is in. Left out: the rope tables that old checkpoints carry."""
-    where = {}
-    for path in weight_files(folder):
-        with opened(path) as file:
-            for name in file.keys():
-                if name in where:
-                    raise BadInput(f"{path}: tensor {name} is in {where[name].name} too")
-                if not name.endswith("rotary_emb.inv_freq"):
-                    where[name] = path
-    return where
-
-
-def load_tensor(path: Path, name: str, shape: tuple, dtype: torch.dtype | None) -> Tensor:
-    """One tensor of a safetensors file, as it is stored or as dtype; None in shape: any size. Mapped, not
-    read, where it keeps its type; where not, the mapping (whose pages count as memory) ends with the call."""
-    with opened(path) as file:
-        if name not in file.keys():
-            raise BadInput(f"{path}: tensor {name} is missing")
-        stored, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
-        if len(stored) != len(shape) or any(b not in (None, a) for a, b in zip(stored, shape, strict=True)):
-            raise BadInput(f"{path}: tensor {name} has shape {tuple(stored)}, config.json asks for "
-                           f"{tuple(shape)}")
-        if kind not in ("F64", "F32", "BF16", "F16"):
-            raise BadInput(f"{path}: tensor {name} is of type {kind} (quantized?); only float32, bfloat16 "
-                           "and float16 are read")
-        return file.get_tensor(name).to(dtype)
+def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
+    """Write what transformers reads, and the [PRED] rows. config: the fields of a ModelConfig; weights: the
+    parameters by name. ValueError if there are adapters among them."""
+    if any("lora_" in name for name in weights):
+        raise ValueError("merge_lora first: a Hugging Face folder has no place for adapters")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {hf_name(name): weight.detach().cpu() for name, weight in weights.items()}
+    pred = tensors.pop(hf_name("pred_embedding"), None)
+    dtype = str(weights["embed_tokens.weight"].dtype).removeprefix("torch.")
+    entries = {"architectures": ["LlamaForCausalLM"], "bos_token_id": None, "eos_token_id": None,
+               **config["others"], **FIXED, "torch_dtype": dtype, "rope_scaling": config["rope_scaling"],
+               **{theirs: config[ours] for ours, (theirs, _) in HF_NAMES.items()}}
+    write_text(folder / "config.json", json.dumps(entries, indent=2) + "\n")
+    save_tensors(folder / "model.safetensors", tensors)
+    if pred is not None:
+        save_tensors(folder / PRED_FILE, {"pred_embedding": pred})
+    else:  # of a model that was here before
+        (folder / PRED_FILE).unlink(missing_ok=True)

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from support.files import BadInput
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -64,3 +67,16 @@ def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
             weight.grad = torch.zeros_like(weight)
         if world > 1:
             dist.all_reduce(weight.grad)
+
+
+def device_available(name: str) -> bool:
+    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(name, lambda: True)()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name, one of DEVICES; auto: the first available of cuda, mps, cpu. BadInput if it is
+    not available."""
+    if not device_available(name):
+        raise BadInput(f"--device {name}: not available here")
+    best = next(device for device in ("cuda", "mps", "cpu") if device_available(device))
+    return torch.device(best if name == "auto" else name)

@@ -11,6 +11,7 @@ import model as model_module
 from batches import collate_fused, collate_three
 from data import render_views
 from jepa_loss import dense_mask, fused, total_loss
+from support.lora import add_lora
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -21,7 +22,7 @@ def test_flops_equal_torch_s_count(tiny, tokenizer, examples, monkeypatch, lora_
     monkeypatch.setattr(model_module, "attend", model_module.attend_by_hand)
     model, views = tiny(0, n_layers=8), render_views(examples[1], tokenizer, 0)
     if lora_rank:
-        model.add_lora(lora_rank, 0.0, seed=0)
+        add_lora(model, lora_rank, 0.0, seed=0)
         model.double()
     T = len(views.main)
     with FlopCounterMode(display=False) as counter:

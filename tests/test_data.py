@@ -111,21 +111,14 @@ def test_fused_batch_id_by_id():
     assert packed.pred_at.tolist() == [8, 18] and packed.enc_at.tolist() == [12, 20]
 
 
-def test_rows_with_and_without_views_are_not_padded_to_each_other():
-    """Both kinds stand in one row of ids, those with views first."""
-    views = [render_views(e, BYTES) for e in (Example("a", "x"), PAIR, Example("a", "y"))]
-    batch = collate_fused(views, [False, True, False])
-    assert batch.ids.tolist() == [[BEGIN, A, B, SEP, X, Y, Z, END, P1, BEGIN, X, Y, Z,
-                                   BEGIN, A, SEP, X, END, BEGIN, A, SEP, Y, END]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 0, 1, 2, 3, *range(5), *range(5)]]
-    assert [s.tolist() for s in batch.segment] == [[[0] * 3 + [1] * 5 + [2] + [3] * 4], [[0] * 5] * 2]
-    assert [p.tolist() for p in batch.parent] == [[[0] * 9 + [3] * 4], [[0] * 5] * 2]
-    assert batch.pred_at.tolist() == [8] and batch.enc_at.tolist() == [12]
-    assert batch.labels.flatten()[batch.label_at].tolist() == [
-        A, B, SEP, X, Y, Z, END, A, SEP, X, END, A, SEP, Y, END]
-    assert (batch.n_tokens, batch.n_pairs) == (7 + 4 + 4, 3)  # an example without views counts
-    moved = batch.to(torch.device("meta"))
-    assert all(x.device.type == "meta" for x in (*moved.segment, *moved.parent, moved.ids))
+def test_rows_with_and_without_views():
+    """They are padded together; an example without views has one segment and counts as a pair."""
+    views = [render_views(e, BYTES) for e in (Example("a", "x"), PAIR)]
+    batch = collate_fused(views, [False, True])
+    assert batch.ids[0].tolist() == [BEGIN, A, SEP, X, END] + [0] * 8
+    assert batch.segment.tolist() == [[0] * 5 + list(range(5, 13)), [0] * 3 + [1] * 5 + [2] + [3] * 4]
+    assert batch.pred_at.tolist() == [13 + 8] and batch.enc_at.tolist() == [13 + 12]
+    assert (batch.n_tokens, batch.n_pairs) == (4 + 7, 2)
 
 
 def test_three_pass_batch_id_by_id():
@@ -340,12 +333,6 @@ def test_picture():
                          "[PRED1]     2   0   2           ##...#.. <- pred",
                          "<|begin|>   3   3   0           ......#.",
                          "x           3   3   1           ......## <- enc"]
-
-
-def test_no_picture_of_rows_end_to_end():
-    views = render_views(Example("a", "x"), BYTES)
-    with pytest.raises(ValueError, match="draw them apart"):
-        picture(collate_fused([views, views], [True, False]), BYTES)
 
 
 def test_show_command(tmp_path):

@@ -94,8 +94,8 @@ def test_table():
 def test_rows_are_dropped_on_the_way(tiny, monkeypatch):
     """More than half of the answers are short: their rows leave the cache, and the others go on as before."""
     model, dropped = tiny(0), []
-    keep = KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: dropped.append(len(rows)) or keep(cache, rows))
+    select = KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda self, rows: dropped.append(len(rows)) or select(self, rows))
     prompts = [[i, i + 1] for i in range(40)]
     free = [generate_slow(model, p, -1, 20).ids for p in prompts]
     ends = [(sum(end in ids[:5] for ids in free), end) for end in range(250)]

@@ -10,6 +10,7 @@ from batches import Shape, collate_fused, collate_three
 from data import render_views
 from jepa_loss import DISTANCES, collapse_report, cosine, dense_mask, flex_mask, fused, infonce, ntp, pick
 from jepa_loss import rank_me, stop_gradient, three_pass, total_loss, tube
+from support.lora import add_lora
 from support.tokenizer import FORMAT_TOKENS, Tokenizer
 
 
@@ -150,7 +151,7 @@ def test_flex_attention_equals_the_dense_mask(tiny, tokenizer, examples, alpha):
         flex = model(batch.ids, batch.positions, flex_mask(batch.segment, batch.parent))
         torch.testing.assert_close(flex, dense, atol=1e-6, rtol=1e-6)
         unpacked = collate_fused(views, [not alpha or i not in (1, 3) for i in range(5)])
-        for rows in (batch, unpacked):  # with alpha, the unpacked ones take turns in attention
+        for rows in (batch, unpacked):
             a, b = (fused(model, rows, masking=masking) for masking in (dense_mask, flex_mask))
             assert abs(a.ntp_sum - b.ntp_sum) < 1e-6 and abs(a.jepa_sum - b.jepa_sum) < 1e-6
 
@@ -163,7 +164,7 @@ def test_grad_checkpointing_changes_nothing_but_memory(tiny, tokenizer, examples
     for on in (False, True):
         model = tiny(n_layers=4)
         if dropout:
-            model.add_lora(4, dropout, seed=0)
+            add_lora(model, 4, dropout, seed=0)
             model.double()
         model.grad_checkpointing = on
         torch.manual_seed(0)

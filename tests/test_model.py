@@ -1,4 +1,4 @@
-"""model.py against transformers, and its own promises: caches, checkpoints, predictor rows."""
+"""model.py against transformers, and its own promises: attention, cache, weights by seed, [PRED] rows."""
 import pytest
 import torch
 
@@ -17,8 +17,11 @@ SHAPES = {
 
 def small(**shape) -> ModelConfig:
     return ModelConfig(**{**dict(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8,
-                                 ffn_dim=56,
-                                 max_seq_len=128), **shape})
+                                 ffn_dim=56, max_seq_len=128), **shape})
+
+
+def named(model) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -31,18 +34,16 @@ def test_equals_transformers(shape, tmp_path):
             weight.mul_(5) if weight.dim() > 1 else weight.uniform_(0.5, 1.5)
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    ids = torch.randint(50, (3, 100), generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    ids, weight = torch.randint(50, (3, 100), generator=g), torch.randn(3, 100, 50, generator=g)
     our_logits, their_logits = ours.head(ours(ids)), theirs(ids).logits
     torch.testing.assert_close(our_logits, their_logits, atol=1e-5, rtol=0)
-    weight = torch.randn(our_logits.shape,
-                         generator=torch.Generator().manual_seed(1)) / our_logits.numel() ** 0.5
-    (our_logits * weight).sum().backward()
-    (their_logits * weight).sum().backward()
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        other = gradients[name if name.startswith("lm_head") else "model." + name].grad
-        torch.testing.assert_close(parameter.grad, other, atol=1e-4, rtol=1e-4, msg=lambda m,
-                                   n=name: f"{n}: {m}")
+    for logits in (our_logits, their_logits):
+        (logits * weight / weight.numel() ** 0.5).sum().backward()
+    gradients = {name.removeprefix("model."): weight.grad for name, weight in theirs.named_parameters()}
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], atol=1e-4, rtol=1e-4,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -50,12 +51,10 @@ def test_attention_by_hand_equals_torch(masked):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 9, 6, dtype=torch.float64, generator=g).requires_grad_()
                for heads in (4, 2, 2))
-    mask = torch.rand(2, 1, 9, 9, generator=g) < 0.5 if masked else None
-    if masked:
-        mask |= torch.eye(9, dtype=torch.bool)
+    random_mask = (torch.rand(2, 1, 9, 9, generator=g) < 0.5) | torch.eye(9, dtype=torch.bool)
     results = []
     for f in (attend, attend_by_hand):
-        out = f(q, k, v, mask)
+        out = f(q, k, v, random_mask if masked else None)
         results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
@@ -71,53 +70,48 @@ def test_bfloat16_on_a_cpu_stays_close():
 
 
 def test_cache_equals_no_cache():
-    model, ids = Transformer(small(n_kv_heads=2), seed=5).double(), torch.randint(50, (2, 12))
-    whole = model(ids)
-    cache, column = KVCache(model.config, 2, 12, ids.device, torch.float64), torch.arange(12)
-    parts = []
+    """In parts of 5, 1 and 6 tokens; row 1 of 3 leaves the cache on the way."""
+    model, ids = Transformer(small(n_kv_heads=2), seed=5).double(), torch.randint(50, (3, 12))
+    cache, column = KVCache(model.config, 3, 12, ids.device, torch.float64), torch.arange(12)
+    rows, parts = torch.tensor([0, 2]), []
     for start, end in ((0, 5), (5, 6), (6, 12)):
+        if start == 6:
+            cache.select(rows)
+            ids = ids[rows]
         mask = column[:end] <= column[start:end, None]  # (T, S)
         parts.append(model(ids[:, start:end], column[None, start:end], mask[None, None], cache))
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="positions and a? ?mask"):
+    cached = torch.cat([parts[0][rows], parts[1][rows], parts[2]], 1)
+    torch.testing.assert_close(cached, model(ids), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="positions and mask"):
         model(ids, cache=cache)
 
 
-def test_positions_shift_nothing():
-    """Rotary embeddings are relative: shifted positions give the same hidden states."""
+def test_positions_are_relative():
+    """Shifted rotary positions give the same hidden states."""
     model, ids = Transformer(small(), seed=5).double(), torch.randint(50, (2, 12))
     torch.testing.assert_close(model(ids, torch.arange(12)[None] + 7), model(ids), atol=1e-6, rtol=0)
 
 
-def test_k_changes_no_other_weight():
-    without, with_three = Transformer(small(), 0, seed=9), Transformer(small(), 3, seed=9)
-    assert with_three.pred_embedding.shape == (3, 32)
-    for name, weight in without.named_parameters():
-        assert torch.equal(weight, dict(with_three.named_parameters())[name]), name
-    assert not torch.equal(Transformer(small(), seed=10).embed_tokens.weight, without.embed_tokens.weight)
-
-
-def test_initialisation():
-    """0.02, and less for the matrices that write to the residual stream; the seed moves every matrix."""
-    model, other = Transformer(ModelConfig(300), k=4, seed=1), Transformer(ModelConfig(300), k=4, seed=2)
+def test_weights_by_seed():
+    """0.02, and less for the matrices that write to the residual stream. The seed changes every matrix; k
+    changes none."""
+    model, other = (Transformer(ModelConfig(300), k=4, seed=seed) for seed in (1, 2))
+    without = named(Transformer(ModelConfig(300), k=0, seed=1))
+    assert 3.0e6 < model.n_params() < 4.0e6 and model.pred_embedding.shape == (4, 256)
     for name, weight in model.named_parameters():
+        assert torch.equal(weight, without.get(name, model.pred_embedding)), name
         if weight.dim() == 1:
             assert (weight == 1).all(), name
         else:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             assert weight.std().item() == pytest.approx(0.02 / (8**0.5 if residual else 1), rel=0.1), name
-            assert not torch.equal(weight, dict(other.named_parameters())[name]), name
+            assert not torch.equal(weight, named(other)[name]), name
 
 
-def test_predictors_are_no_vocabulary():
+def test_predictors_are_not_in_the_vocabulary():
     """Ids V, V+1 read their own rows, in order; the head knows nothing of them."""
     model = Transformer(small(), k=2, seed=1)
     embedded = model.embed(torch.tensor([[49, 50, 51, 0]]))[0]
     rows = torch.stack([model.embed_tokens.weight[49], *model.pred_embedding, model.embed_tokens.weight[0]])
     assert torch.equal(embedded, rows)
     assert model.head(model(torch.tensor([[1, 50, 51]]))).shape == (1, 3, 50)
-
-
-def test_nano_is_nano():
-    model = Transformer(ModelConfig(vocab_size=1040))
-    assert 3.0e6 < model.n_params() < 4.0e6
