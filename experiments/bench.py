@@ -26,7 +26,8 @@ from data import Views, own_tokenizer, render_prompt, render_views
 from eval import generate, generate_slow
 from support.files import BadInput, Parser, main_guard, write_text
 from jepa_loss import total_loss
-from model import DEVICES, PRESETS, Transformer, pick_device
+from model import PRESETS, Transformer
+from support.distributed import DEVICES, pick_device
 from support.tokenizer import Tokenizer
 from tasks.datasets import load_dataset
 from train import Step, forward_dtype, make_optimizer, micro_batches, set_precision, step_flops

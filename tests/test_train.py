@@ -297,7 +297,6 @@ def test_compiled_equals_eager(argv):
     compiled = torch.compile(eager, dynamic=True)
     for indices in (list(range(5)), list(range(20, 28))):
         batch, = train.micro_batches(c, views, indices, 0)  # with views and without
-        assert len(batch.segment) == 2
         results = []
         for step in (eager, compiled):
             model.zero_grad()
