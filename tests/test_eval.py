@@ -96,7 +96,8 @@ def test_evaluate(tiny, tokenizer, examples):
     result, answers = evaluate(tiny(1), tokenizer, split, ViewOptions(), 8)
     assert result.keys() == {"exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "undecided", "items",
                              "cos_paired", "cos_shuffled", "cos_gap", "retrieval_at_1", "rank_pred",
-                             "rank_enc", "n", "seconds", "test", "dataset", "source"}
+                             "rank_enc", "alignment", "uniformity_pred", "uniformity_enc", "p_end", "n",
+                             "seconds", "test", "dataset", "source"}
     assert result["n"] == len(answers) == 5 and json.dumps(result)
     again, _ = evaluate(tiny(1), tokenizer, split, ViewOptions(), 8, n=3)
     assert again["n"] == 3 and again["test"] != result["test"]
