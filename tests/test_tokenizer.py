@@ -209,7 +209,7 @@ def test_llama_3_format_id_by_id(chat):
     assert render_prompt(TALK, t) == views.main[:-n - 1]
     code_only = render_views(TALK, t, ViewOptions(ntp_on="code")).labels  # the answer and its end
     assert code_only == [-100] * (len(views.main) - n - 2) + [*e("(x)|y"), END, -100]
-    official = render_views(TALK, t, ViewOptions(train_eos=False)).labels  # as pad = end token made it: no end is a target
+    official = render_views(TALK, t, ViewOptions(train_eos=False)).labels  # no end is a target
     assert official == [-100 if label == END else label for label in views.labels] != views.labels
     in_front = render_views(TALK, t, ViewOptions(k=1, pred_first=True))
     assert written(t, in_front.stem) == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
@@ -231,7 +231,7 @@ def test_chatml_id_by_id(chat):
     assert views.main == [*system, *user, END, *e("\n"), *answer, END, *e("\n")]
     assert views.labels == [*views.main[1:], -100] and views.stem == user and views.enc == answer
     n = len(e("(x)|y"))
-    code_only = render_views(TALK, t, ViewOptions(ntp_on="code")).labels  # the newline behind the end is no target there
+    code_only = render_views(TALK, t, ViewOptions(ntp_on="code")).labels  # without the newline
     assert code_only == [-100] * (len(views.main) - n - 3) + [*e("(x)|y"), END, -100, -100]
     assert written(t, views.main) == (
         "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nab cd<|im_end|>\n"
