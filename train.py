@@ -386,7 +386,8 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     total = sys.maxsize if c.max_flops else min(c.max_steps or sys.maxsize, c.epochs * an_epoch)
     every = c.checkpoint_every or an_epoch
     optimizer, params, weights = make_optimizer(model, c), trainable(model), weights_of_terms(c)
-    start, seen = run.restore(model, optimizer, every)
+    first = max(every, run.record["config"]["checkpoint_every"] or an_epoch)  # it may differ from run to run
+    start, seen = run.restore(model, optimizer, first)
     step_terms, make = compile_step(c, model, dtype, partial(micro_batches, c, views, sampler),
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
