@@ -409,7 +409,8 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
     every = c.checkpoint_every or an_epoch
     optimizer, params = make_optimizer(model, c), trainable(model)
     ema = copy.deepcopy(model).requires_grad_(False) if c.target == "ema" else None
-    start, seen = run.restore(model, optimizer, every, ema)
+    first = max(every, run.record["config"]["checkpoint_every"] or an_epoch)  # it may differ from run to run
+    start, seen = run.restore(model, optimizer, first, ema)
     step_terms, make = compile_step(c, model, ema, dtype, partial(micro_batches, c, views, sampler),
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
