@@ -1,55 +1,157 @@
-"""Starts programs of the project without importing torch each time: for tests that start hundreds.
+"""Programs of the project, each a process of its own, without importing torch each time (2 to 3 s).
 
-A line of stdin: {"program": "train", "argv": [...], "log": PATH, "full": [folder, n] or null,
-"published": more of datasets.PUBLISHED}. A line of
-stdout: the child's pid, and when it has ended its status (-signal where one killed it).
+    reply = run("train", argv)          returncode, stdout, stderr, as of subprocess.run
+    job = start("train", argv, env=...) and later job.wait()
+
+A server, one per process of pytest, has imported everything; for each job it forks a child. A line of its stdin
+is {"start": job} or {"wait": pid}; a line of its stdout is the child's pid or its status (-signal where one
+killed it).
 """
+import atexit
 import ctypes
+import functools
 import json
 import os
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import eval  # noqa: E402
-import train  # noqa: E402
-from support.files import main_guard  # noqa: E402
-from tasks.datasets import PUBLISHED  # noqa: E402
-
-PROGRAMS = {"train": train.main, "eval": eval.main, "data": data.main}
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def child(job: dict) -> None:
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2)
-    sys.argv = [job["program"] + ".py", *job["argv"]]
-    PUBLISHED.update(job["published"])
-    shim = ctypes.CDLL(None) if job["full"] else None
-    if shim:
+# ---- the tests' side ---------------------------------------------------------------------------------------
+
+@dataclass
+class Job:
+    """A program that runs, or has run."""
+    pid: int
+    folder: Path
+    returncode: int | None = None
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def wait(self) -> "Job":
+        if self.returncode is None:
+            self.returncode = server().ask({"wait": self.pid})
+        return self
+
+    def signal(self, number: int) -> None:
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass  # it was quicker
+
+
+def start(program: str, argv: list, **options) -> Job:
+    """options: cwd; env, to be added; ignore, signals; max_file, bytes; full, (folder, n): no write call succeeds
+    in it from the n-th on; published, more of tasks.datasets.PUBLISHED."""
+    folder = Path(tempfile.mkdtemp(dir=server().folder))
+    job = {"program": program, "argv": list(map(str, argv)), "folder": str(folder), **options}
+    return Job(server().ask({"start": job}), folder)
+
+
+def run(program: str, argv: list, **options) -> Job:
+    return start(program, argv, **options).wait()
+
+
+class Server:
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="forks"))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if sys.platform.startswith("linux") and shutil.which("gcc"):
+            source, shim = ROOT / "tests" / "faults.c", self.folder / "faults.so"
+            subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
+            env["LD_PRELOAD"] = str(shim)
+        self.has_shim = "LD_PRELOAD" in env
+        self.process = subprocess.Popen([sys.executable, __file__], text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=env)
+        atexit.register(self.end)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, what: dict) -> int:
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@functools.cache
+def server() -> Server:
+    return Server()
+
+
+# ---- the server's side -------------------------------------------------------------------------------------
+
+def child(job: dict, programs: dict) -> None:
+    from support import distributed
+    from support.files import main_guard
+    from tasks.datasets import PUBLISHED
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job.get("env", {}))
+    if "RANK" in os.environ:
+        distributed.rank, distributed.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.chdir(job.get("cwd") or job["folder"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    for number in job.get("ignore", ()):
+        signal.signal(number, signal.SIG_IGN)
+    if "max_file" in job:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file"], job["max_file"]))
+    PUBLISHED.update(job.get("published", {}))
+    sys.argv, status = [job["program"] + ".py", *job["argv"]], 0
+    if "full" in job:
+        shim = ctypes.CDLL(None)
         shim.full_from(os.fsencode(job["full"][0]), job["full"][1])
-    status = 0
     try:
         with main_guard():
-            PROGRAMS[job["program"]]()
+            programs[job["program"]]()
     except SystemExit as end:
         status = end.code or 0
     sys.stdout.flush(), sys.stderr.flush()
-    if shim:
+    if "full" in job:
         print(f"\ncalls: {shim.calls_seen()}", flush=True)
     os._exit(status)
 
 
-print("ready", flush=True)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(json.loads(line))
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        os._exit(99)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+def serve() -> None:
+    sys.path.insert(0, str(ROOT))
+    import data
+    import eval
+    import train
+    programs = {"train": train.main, "eval": eval.main, "data": data.main}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what = json.loads(line)
+        if "wait" in what:
+            print(os.waitstatus_to_exitcode(os.waitpid(what["wait"], 0)[1]), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(what["start"], programs)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            os._exit(99)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
