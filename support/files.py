@@ -6,6 +6,7 @@ written through `atomic`: a reader sees the old file or the new one, never a hal
 """
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -26,9 +27,14 @@ def atomic(path: str | Path):
     raises. Raises OSError (full disk, read-only folder); `path` is untouched then.
 
     The temporary file has a name of its own and is created exclusively: two processes do not write into one,
-    and no link that stands there is followed.
+    and no link that stands there is followed. One that was not written to for an hour is a killed process's
+    and is removed.
     """
     path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # its process is quicker
+            if time.time() - left.lstat().st_mtime > 3600:
+                left.unlink()
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
