@@ -44,10 +44,13 @@ def read_run(folder: str | Path) -> dict:
 
 
 def trained_so_far(folder: Path) -> dict:
-    """What the last line of metrics.jsonl says that the training took."""
-    rows = read_metrics(folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes())
-    names = ("step", "examples", "tokens", "flops", "seconds")
-    return {name: rows[-1][name] for name in names} if rows else {}
+    """What the last line of metrics.jsonl says that the training took; BadInput if it is cut."""
+    path, names = folder / "metrics.jsonl", ("step", "examples", "tokens", "flops", "seconds")
+    content = path.read_bytes()
+    rows = read_metrics(path, content)
+    if not rows or not content.endswith(b"\n") or not set(names) <= rows[-1].keys():
+        raise BadInput(f"{path}: damaged; its last line is not whole")
+    return {name: rows[-1][name] for name in names}
 
 
 def run_summary(folder: Path) -> dict:
