@@ -132,6 +132,7 @@ def child(job: dict, programs: dict) -> None:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
+    import torch._dynamo  # noqa: F401  the first optimizer imports it, which takes a second
     import data
     import eval
     import train

@@ -1,5 +1,5 @@
-"""What machines do to a run: kills at random moments, a disk that is full from any write on, files that are
-cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
+"""What machines do to a run: kills at random moments, signals, a disk that is full from any write on, files that
+are cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
 import functools
 import http.server
 import json
@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -17,120 +18,75 @@ import threading
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_train import argv, assert_equal_runs, rows_of, untimed  # noqa: F401 (argv: a fixture)
+from test_train import argv, assert_equal_runs, go, metrics, rows_of, tiny_run, untimed  # noqa: F401 (a fixture)
 
 import eval
-from support import runs
 import train
-from support.files import BadInput, Interrupted, Interrupts
+from support import runs
+from support.files import BadInput, Interrupts, write_text
 from tasks import nlrx, scorers
 from tasks.datasets import git_blob_id
-
-
-class Forks:
-    """tests/forks.py, running."""
-
-    def __init__(self, folder: Path, **env: str):
-        self.log = folder / "log.txt"
-        self.server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], text=True,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
-        assert self.server.stdout.readline() == "ready\n"
-
-    def start(self, program: str, arguments: list, full=None, published=()) -> int:
-        job = {"program": program, "argv": list(map(str, arguments)), "log": str(self.log), "full": full,
-               "published": dict(published)}
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def wait(self) -> int:
-        return int(self.server.stdout.readline())
-
-    def run(self, *arguments, **options) -> int:
-        self.start(*arguments, **options)
-        return self.wait()
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-
-@pytest.fixture
-def forks(tmp_path):
-    server = Forks(tmp_path)
-    yield server
-    server.server.stdin.close()
-    server.server.wait()
-
-
-def signalled(forks, number, delay, *job, **options) -> tuple[int, float]:
-    """Start a program, send it a signal after a while: its status, and how long it then took."""
-    pid = forks.start(*job, **options)
-    time.sleep(delay)
-    began = time.monotonic()
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it was quicker
-    return forks.wait(), time.monotonic() - began
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def temporary(folder: Path) -> list[Path]:
     return list(folder.glob("**/*.tmp"))
 
 
-def metrics(folder: Path) -> list[dict]:
-    """Without timings."""
-    rows = [row | row.pop("look", {}) for row in rows_of(folder)]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
-
-
 # ---- killed ------------------------------------------------------------------------------------------------
 
-def test_forty_kills_of_training_and_scoring(forks, argv, tmp_path):  # noqa: F811
-    """At random moments, of 30 trainings (checkpoints, looks, export and the score at the end included), of
+def killed(delay: float, *job, **options) -> int:
+    """Start a program and kill it after a while; its status."""
+    running = forks.start(*job, **options)
+    time.sleep(delay)
+    running.signal(signal.SIGKILL)
+    status = running.wait().returncode
+    assert status in (0, -signal.SIGKILL), running.stderr
+    return status
+
+
+def test_forty_kills_of_training_and_scoring(argv, tmp_path):  # noqa: F811
+    """At random moments, of 30 trainings (checkpoints, a look, export and the score at the end included), of
     10 scorings; every run ends with the bits, the metrics and the score of the one that nobody killed."""
-    argv = [*argv, "--checkpoint_every", "3", "--max_steps", "12", "--alpha", "0.5"]
+    argv = [*argv, "--n_layers", "1", "--batch_size", "16", "--max_steps", "7", "--checkpoint_every", "3",
+            "--alpha", "0.5"]
+    forks.server()
     began, whole, rng = time.monotonic(), tmp_path / "whole", random.Random(0)
-    assert forks.run("train", [*argv, "--out", whole]) == 0, forks.said()
+    assert forks.run("train", [*argv, "--out", whole]).returncode == 0
     trained = time.monotonic() - began
-    assert forks.run("eval", [whole]) == 0, forks.said()
+    assert forks.run("eval", [whole]).returncode == 0
     scored, wanted = time.monotonic() - began - trained, json.loads((whole / "eval.json").read_text())
-    killed, folder, moments = 0, tmp_path / "run0", set()
-    while killed < 40:
+    kills, folder, moments = 0, tmp_path / "run", set()
+    while kills < 40:
         job, longest = ("train", [*argv, "--out", folder]), trained
-        if killed == 30 and not (folder / "eval.json").exists():
-            assert forks.run(*job) == 0, forks.said()
-        if killed >= 30:
+        if kills == 30 and not (folder / "eval.json").exists():
+            assert forks.run(*job).returncode == 0
+        if kills >= 30:
             job, longest = ("eval", [folder]), scored
-        status, _ = signalled(forks, signal.SIGKILL, rng.uniform(0, 1) * longest, *job)
-        assert status in (0, -signal.SIGKILL), forks.said()
-        killed += status == -signal.SIGKILL
-        moments.add(tuple(sorted(path.name for path in folder.glob("*"))))
-        if status == 0 and killed < 30:
-            folder = tmp_path / f"run{killed}"
-    assert forks.run("train", [*argv, "--out", folder]) == 0, forks.said()
+        status = killed(rng.uniform(0, 1) * longest, *job)
+        kills += status == -signal.SIGKILL
+        moments.add(tuple(sorted(re.sub("[.].*tmp", "", path.name) for path in folder.glob("*"))))
+        if status == 0 and kills < 30:
+            folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    assert forks.run("train", [*argv, "--out", folder]).returncode == 0
     assert len(moments) > 2  # not always the same one
     for run in tmp_path.glob("run*"):
         assert_equal_runs(whole, run)
         assert metrics(whole) == metrics(run) and not temporary(run)
-        score = json.loads((run / "eval.json").read_text())
-        assert untimed(score) == untimed(wanted)
+        assert untimed(json.loads((run / "eval.json").read_text())) == untimed(wanted)
 
 
-def test_ten_kills_of_a_download(forks, tmp_path):
-    """From a server that takes half a second for a file."""
+def test_ten_kills_of_a_download(tmp_path):
+    """From a server that takes half a second for a file. What they left is removed: temporary files got names of
+    their own, and stayed."""
     content = b"".join(b'{"text": "%d", "code": "c"}\n' % i for i in range(60_000))
-    (tmp_path / "mirror").mkdir()
-    (tmp_path / "mirror" / "big.jsonl").write_bytes(content)
+    mirror, data, rng = tmp_path / "mirror", tmp_path / "data", random.Random(1)
+    mirror.mkdir()
+    (mirror / "big.jsonl").write_bytes(content)
 
     class Slow(http.server.SimpleHTTPRequestHandler):
         def copyfile(self, source, target):
@@ -140,63 +96,71 @@ def test_ten_kills_of_a_download(forks, tmp_path):
 
         def log_message(self, *_):
             pass
-    handler, rng = functools.partial(Slow, directory=tmp_path / "mirror"), random.Random(1)
-    data = tmp_path / "data"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Slow, directory=mirror)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         job = ("data", ["download", "nlrx_synth", "--data_dir", data, "--base_url",
                         f"http://127.0.0.1:{server.server_port}"])
-        published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(tmp_path / "mirror" / "big.jsonl")]}}
+        published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(mirror / "big.jsonl")]}}
         for _ in range(10):
-            status, _ = signalled(forks, signal.SIGKILL, rng.uniform(0.05, 0.5), *job, published=published)
-            assert status == -signal.SIGKILL and not (data / "big.jsonl").exists()
-        assert forks.run(*job, published=published) == 0, forks.said()
+            assert killed(rng.uniform(0.05, 0.4), *job, published=published) and not (data / "big.jsonl").exists()
+        for left in temporary(data):  # an hour later, they are nobody's
+            os.utime(left, times=(time.time() - 3601,) * 2)
+        whole = forks.run(*job, published=published)
+        assert whole.returncode == 0, whole.stderr
         server.shutdown()
     assert (data / "big.jsonl").read_bytes() == content and not temporary(data)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(forks, argv, tmp_path, number):  # noqa: F811
-    """It ends within 5 s, with a checkpoint of the last step and a line that says how to go on."""
-    argv, rng, stopped, run = [*argv, "--epochs", "4"], random.Random(2), 0, tmp_path / "run"
-    assert forks.run("train", [*argv, "--out", tmp_path / "whole"]) == 0
-    for _ in range(4):
-        before, end = size_of(run / "metrics.jsonl"), time.monotonic() + 60
-        pid = forks.start("train", [*argv, "--out", run])
-        while size_of(run / "metrics.jsonl") <= before and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(pid, number)
-        began, status = time.monotonic(), forks.wait()
-        assert time.monotonic() - began < 5
-        if status == 0:
-            break  # it was quicker
-        assert status == 128 + number, forks.said()
-        last = forks.said().splitlines()[-1]
-        assert last.startswith("interrupted: the same command goes on from"), forks.said()
-        assert "Traceback" not in forks.said()
-        if "from step" in last:
-            stopped += 1
-            state = runs.load_state(run, torch.device("cpu"))
-            assert last.endswith(f"goes on from step {state['step']}")
-    assert stopped
-    assert forks.run("train", [*argv, "--out", run]) == 0, forks.said()
+# ---- asked to stop -----------------------------------------------------------------------------------------
+
+def started(argv, run: Path, **options) -> forks.Job:
+    """A training that has just logged steps."""
+    path, end = run / "metrics.jsonl", time.monotonic() + 60
+    before = path.stat().st_size if path.exists() else 0
+    job = forks.start("train", argv, **options)
+    while not (path.exists() and path.stat().st_size > before) and time.monotonic() < end:
+        time.sleep(0.01)
+    return job
+
+
+def test_asked_to_stop(argv, tmp_path):  # noqa: F811
+    """By Ctrl-C, a scheduler, a closed terminal, a job's time limit: it ends within 5 s, with a checkpoint of the
+    last step and a line that says how to go on; in the end all is as if nothing had been."""
+    argv, run = [*argv, "--n_layers", "1", "--epochs", "16"], tmp_path / "run"
+    assert forks.run("train", [*argv, "--out", tmp_path / "whole"]).returncode == 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        job = started(argv, run)
+        job.signal(number)
+        began = time.monotonic()
+        assert job.wait().returncode == 128 + number, job.stderr
+        assert time.monotonic() - began < 5 and job.stderr.count("\n") == 1
+        step = runs.load_state(run, torch.device("cpu"))["step"]
+        assert job.stderr == f"interrupted: the same command goes on from step {step}\n"
+    assert forks.run("train", argv).returncode == 0
     assert_equal_runs(tmp_path / "whole", run)
     assert metrics(tmp_path / "whole") == metrics(run) and not temporary(run)
 
 
-def test_a_signal_that_comes_twice_still_waits(monkeypatch):
+def test_a_signal_that_is_ignored_stays_ignored(argv, tmp_path):  # noqa: F811
+    """`nohup python train.py` stopped when the terminal was closed: nohup ignores SIGHUP, and the program did
+    not."""
+    job = started([*argv, "--epochs", "4"], tmp_path / "run", ignore=[signal.SIGHUP])
+    job.signal(signal.SIGHUP)
+    assert job.wait().returncode == 0, job.stderr
+
+
+def test_a_signal_that_comes_twice_still_waits():
     """Launchers send one to the group and one more themselves; a person's second one comes later."""
     signals = Interrupts()
-    signals.waits = True
-    signals(signal.SIGTERM, None)
-    signals(signal.SIGTERM, None)
-    signals.since -= 2
-    with pytest.raises(KeyboardInterrupt):
+    with signals.deferred():
         signals(signal.SIGTERM, None)
-    signals.waits = False
-    with pytest.raises(Interrupted):
-        signals.look()
+        signals(signal.SIGTERM, None)
+        assert signals.asked == signal.SIGTERM
+        signals.since -= 2
+        with pytest.raises(KeyboardInterrupt):
+            signals(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        Interrupts()(signal.SIGTERM, None)
 
 
 def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch):
@@ -216,137 +180,172 @@ def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch):
 
 # ---- a full disk -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("at_most", [20, pytest.param(10**9, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("at_most", [15, pytest.param(10**9, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_the_disk_is_full_from_any_write_on(argv, tmp_path, at_most):  # noqa: F811
-    """A call that writes into the run folder fails, and all behind it: one line, status 2; the last
-    checkpoint loads, and with room again the run ends as if nothing had been."""
-    shim, source = tmp_path / "faults.so", ROOT / "tests" / "faults.c"
-    if not sys.platform.startswith("linux") or not shutil.which("gcc"):
+    """A call that writes into the run folder fails, and all after it: one line, status 2; the last checkpoint
+    loads, and with room again the run ends as if nothing had been."""
+    if not forks.server().has_shim:
         pytest.skip("needs Linux and gcc")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl"], check=True)
     argv = [*argv, "--max_steps", "3", "--checkpoint_every", "2", "--n_layers", "1"]
-    forks, whole = Forks(tmp_path, LD_PRELOAD=str(shim)), tmp_path / "whole"
-    assert forks.run("train", [*argv, "--out", whole], full=[str(whole), 10**9]) == 0, forks.said()
-    calls = int(forks.said().rpartition("calls: ")[2])
+    whole = tmp_path / "whole"
+    calls = int(forks.run("train", [*argv, "--out", whole], full=[str(whole), 10**9]).stdout.rpartition(":")[2])
     assert calls > 20
     for n in range(1, calls + 1, max(1, calls // at_most)):
         run = tmp_path / f"run{n}"
-        assert forks.run("train", [*argv, "--out", run], full=[str(run), n]) == 2, (n, forks.said())
-        said = forks.said().rpartition("\ncalls")[0].strip().splitlines()
-        assert said[-1].startswith("error: ") and "Traceback" not in forks.said(), (n, forks.said())
+        job = forks.run("train", [*argv, "--out", run], full=[str(run), n])
+        assert job.returncode == 2 and job.stderr.startswith("error: "), (n, job.stderr)
+        assert job.stderr.count("\n") == 1, (n, job.stderr)
         state = runs.load_state(run, torch.device("cpu"))  # raises if it is damaged
         assert state is None or state["step"] in (2, 3)
-        assert forks.run("train", [*argv, "--out", run]) == 0, (n, forks.said())
+        job = forks.run("train", [*argv, "--out", run])
+        assert job.returncode == 0, (n, job.stderr)
         assert_equal_runs(whole, run)
         assert not temporary(run)
         shutil.rmtree(run)
     print(f"{calls} writes")
-    forks.server.stdin.close()
-    forks.server.wait()
+
+
+def test_no_room_for_a_checkpoint(argv, tmp_path):  # noqa: F811
+    """One line, status 2, no half file; with room again, the run goes on. The limit on a file's size stands for
+    a full disk: the write call fails."""
+    argv, whole, run = [*argv, "--max_steps", "4", "--checkpoint_every", "2"], tmp_path / "whole", tmp_path / "run"
+    assert forks.run("train", [*argv, "--out", whole]).returncode == 0
+    reply = forks.run("train", argv, max_file=(whole / "state.pt").stat().st_size // 2)
+    assert reply.returncode == 2 and reply.stderr.count("\n") == 1
+    assert reply.stderr.startswith(f"error: {run / 'state.pt'}: cannot be written")
+    assert not temporary(run)
+    assert forks.run("train", argv).returncode == 0
+    assert_equal_runs(whole, run)
+
+
+def test_no_room_for_the_second_checkpoint(argv, tmp_path, monkeypatch):  # noqa: F811
+    """The first one is untouched and the run goes on from it."""
+    save, calls, run = torch.save, [], tmp_path / "run"
+
+    def fails(state, path):
+        calls.append(state["step"])
+        save(state, path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="No space left"):
+        go(argv, "--max_steps", 4, "--checkpoint_every", 2)
+    assert runs.load_state(run, torch.device("cpu"))["step"] == 2 and not temporary(run)
+    go(argv, "--max_steps", 4, "--checkpoint_every", 2)
+    assert calls == [2, 4, 4]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def two_runs(pairs, tmp_path_factory):
-    """Two finished runs that differ in the seed and the data, and the one's command."""
+@pytest.fixture(scope="session")
+def three_runs(pairs, tmp_path_factory):
+    """Finished runs a, one of another seed, one on other data; and a's command."""
     folder = tmp_path_factory.mktemp("runs")
-    other = folder / "other.jsonl"
-    other.write_text("".join(json.dumps({"text": f"item {i}", "code": f"a{i}"}) + "\n" for i in range(40)))
-    tiny = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
-            "--batch_size", "8", "--max_steps", "5", "--checkpoint_every", "2", "--max_new_tokens", "8",
-            "--log_every", "1", "--device", "cpu"]
-    commands = [["--dataset", str(data), "--test_file", str(pairs / "test.jsonl"), *tiny, "--seed", seed]
-                for data, seed in ((pairs / "train.jsonl", "1"), (other, "2"))]
-    for name, command in zip("ab", commands, strict=True):
-        train.train(train.parse_config([*command, "--out", str(folder / name)]))
-    return folder, commands[0]
+    (folder / "other.jsonl").write_text("".join(
+        json.dumps({"text": f"item {i}", "code": f"a{i}"}) + "\n" for i in range(80)))
+    command = [*tiny_run(pairs, folder / "a"), "--n_layers", "1", "--max_steps", "5", "--checkpoint_every", "2"]
+    go(command)
+    go(command, "--out", folder / "seed", "--seed", 1)
+    go(command, "--out", folder / "data", "--dataset", folder / "other.jsonl")
+    return folder, command
 
 
-HARM = {"cut": lambda path, other: path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3]),
-        "emptied": lambda path, other: path.write_bytes(b""), "deleted": lambda path, other: path.unlink(),
-        "swapped": lambda path, other: shutil.copy(other, path)}
+HARM = {"cut": lambda path, _: path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3]),
+        "emptied": lambda path, _: path.write_bytes(b""), "deleted": lambda path, _: path.unlink(),
+        "that of another seed": lambda path, runs: shutil.copy(runs / "seed" / path.name, path),
+        "that of other data": lambda path, runs: shutil.copy(runs / "data" / path.name, path),
+        "another program's": lambda path, _: torch.save({"model": {}}, path) if path.suffix == ".pt" else (
+            path.write_text("{}\n"))}
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "state.pt"])
-def test_a_harmed_unfinished_run(two_runs, tmp_path, name, harm):
+def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
     """It never goes on: neither from another place nor from the beginning; nothing else in it is changed."""
-    folder, command = two_runs
+    folder, command = three_runs
     run = tmp_path / "run"
-    shutil.copytree(folder / "a", run)
-    for left in ("eval.json", "model.safetensors", "config.json"):
-        (run / left).unlink()
-    HARM[harm](run / name, folder / "b" / name)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(BadInput, match="run" if name == "run.json" else name) as error:
-        train.train(train.parse_config([*command, "--out", str(run)]))
+    left_out = shutil.ignore_patterns("eval.json", "model.safetensors", "config.json")
+    shutil.copytree(folder / "a", run, ignore=left_out)
+    HARM[harm](run / name, folder)
+    before = contents(run)
+    blamed = {"run.json": "run", "state.pt": "state.pt|metrics.jsonl: not as"}.get(name, name)
+    with pytest.raises(BadInput, match=blamed) as error:
+        go(command, "--out", run)
     assert "\n" not in str(error.value)
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == {"metrics.jsonl": b""} | before
+    assert contents(run) == {"metrics.jsonl": b""} | before
 
 
-@pytest.mark.parametrize("harm", HARM)
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.json", "model.safetensors",
-                                  "pred_embedding.safetensors", "tokenizer.model", "eval.json"])
-def test_a_harmed_finished_run(two_runs, tmp_path, name, harm, monkeypatch):
-    """Not scored, not answered from, not a base to train on, not taken for finished."""
-    folder, command = two_runs
+@pytest.mark.parametrize("harm", ["cut", "emptied", "deleted"])
+@pytest.mark.parametrize("name,readers", [
+    ("run.json", "train score answer base"), ("eval.json", "train"), ("metrics.jsonl", "score"),
+    ("config.json", "score answer base"), ("model.safetensors", "score answer base"),
+    ("tokenizer.model", "score answer base"), ("pred_embedding.safetensors", "score answer base")])
+def test_a_harmed_finished_run(three_runs, tmp_path, name, readers, harm):
+    """Whoever reads the file names it, and changes nothing: who would show the result, score the run again, answer
+    from it, or begin with it."""
+    folder, command = three_runs
     run = tmp_path / "run"
     shutil.copytree(folder / "a", run)
-    (run / name).touch()
-    if (run / name).read_bytes() == (folder / "b" / name).read_bytes():
-        assert name == "config.json"  # of the same shape
-        return
-    HARM[harm](run / name, folder / "b" / name)
-    uses = {
-        "finished": lambda: train.train(train.parse_config([*command, "--out", str(run)])),
-        "score": lambda: eval.score_run(run), "prompt": lambda: eval.answer_prompt(str(run), "x"),
-        "base": lambda: train.train(train.parse_config([
-            *command[:4], "--init_from", str(run), "--max_steps", "1", "--out", str(tmp_path / "next")]))}
-    unscored = uses.pop("finished") if (name, harm) == ("eval.json", "deleted") else None
-    for use in uses.values():
-        with pytest.raises(BadInput, match="run" if name in ("run.json", "eval.json") else name) as error:
-            use()
-        assert "\n" not in str(error.value)
+    HARM[harm](run / name, folder)
+    if harm == "deleted":  # without run.json it is a model folder; without predictors it still answers
+        readers = {"run.json": "train score", "pred_embedding.safetensors": "score", "eval.json": ""}.get(
+            name, readers)
+    uses = {"train": lambda: go(command, "--out", run),
+            "score": lambda: eval.score_run(run, eval.EvalOptions([str(run)])),
+            "answer": lambda: eval.answer_prompt(run, eval.EvalOptions([str(run)], prompt="x")),
+            "base": lambda: go(command[:4], "--init_from", run, "--max_steps", 1, "--out", tmp_path / "next")}
+    before = contents(run)
+    for reader in readers.split():
+        with pytest.raises((BadInput, OSError), match={"run.json": "run"}.get(name, name)) as error:
+            uses[reader]()
+        assert "\n" not in str(error.value) and contents(run) == before
     assert not (tmp_path / "next").exists()
-    if unscored:  # a run without its score is not finished: it goes on
-        assert unscored()["n"] == 12
+    if not readers:  # a run without its score is not finished: it goes on
+        with pytest.raises(BadInput, match="not finished"):
+            uses["score"]()
+        assert uses["train"]()["n"] == 12
 
 
-def test_another_versions_run(two_runs, tmp_path):
-    folder, command = two_runs
-    run = tmp_path / "run"
-    shutil.copytree(folder / "a", run)
-    record = json.loads((run / "run.json").read_text())
-    for version in (None, 0, runs.VERSION + 1):
-        (run / "run.json").write_text(json.dumps(record | {"version": version}))
-        for use in (lambda: train.train(train.parse_config([*command, "--out", str(run)])),
-                    lambda: eval.score_run(run)):
-            with pytest.raises(BadInput, match=f"of version {version}, and this program reads version"):
-                use()
-
-
-def test_two_runs_in_one_folder(two_runs, argv, tmp_path):  # noqa: F811
+def test_two_runs_in_one_folder(three_runs, tmp_path):
     """The second refuses, and harms nothing; when the first has ended, or died, it may."""
-    folder, command = two_runs
+    folder, command = three_runs
     run = tmp_path / "run"
-    shutil.copytree(folder / "a", run)
-    (run / "eval.json").unlink()
-    c = train.parse_config([*command, "--out", str(run)])
-    with runs.Run(run, json.loads((run / "run.json").read_text())):
-        before = {path.name: path.read_bytes() for path in run.iterdir()}
+    shutil.copytree(folder / "a", run, ignore=shutil.ignore_patterns("eval.json"))
+    with runs.Run(run, json.loads((run / "run.json").read_text()), train.Config, train.FORMER):
+        before = contents(run)
         with pytest.raises(BadInput, match="another process is training here"):
-            train.train(c)
-        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    assert train.train(c)["n"] == 12
+            go(command, "--out", run)
+        assert contents(run) == before
+    assert go(command, "--out", run)["n"] == 12
+
+
+def test_a_folder_of_others(three_runs, tmp_path):
+    """It is not trained in, but for what a kill leaves before there is a run.json."""
+    folder, command = three_runs
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json.123.tmp").write_text("{")
+    (run / "metrics.jsonl").touch()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="not empty and not a run folder"):
+        go(command, "--out", run)
+    (run / "notes.txt").unlink()
+    go(command, "--out", run)
+    assert_equal_runs(folder / "a", run)  # the same seed, twice
+    assert metrics(folder / "a") == metrics(run) and not temporary(run)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(two_runs, tmp_path, monkeypatch, value):
+def test_numbers_that_are_none(three_runs, tmp_path, monkeypatch, value):
     """The run stops before the weights are touched, and names step, examples and checkpoint."""
-    _, command = two_runs
+    folder, command = three_runs
     total_loss, calls, steps = train.total_loss, [], []
 
     def breaks(*arguments):
@@ -355,57 +354,67 @@ def test_numbers_that_are_none(two_runs, tmp_path, monkeypatch, value):
     monkeypatch.setattr(train, "total_loss", breaks)
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (steps.append(1), step(*a, **k)))
-    c = train.parse_config([*command, "--out", str(tmp_path / "run")])
     with pytest.raises(BadInput, match="^step 4: .*the checkpoint of step 2 is kept.*train.jsonl:") as error:
-        train.train(c)
+        go(command, "--out", tmp_path / "run")
     assert len(steps) == 3 and str(error.value).count("train.jsonl:") == 8
     monkeypatch.undo()
-    assert train.train(c)["n"] == 12  # it goes on from step 2
-    assert_equal_runs(two_runs[0] / "a", tmp_path / "run")
-
-
-def test_the_same_seed_twice(two_runs, tmp_path):
-    folder, command = two_runs
-    train.train(train.parse_config([*command, "--out", str(tmp_path / "run")]))
+    go(command, "--out", tmp_path / "run")  # it goes on from step 2
     assert_equal_runs(folder / "a", tmp_path / "run")
-    assert metrics(folder / "a") == metrics(tmp_path / "run")
 
 
-# ---- strangers -------------------------------------------------------------------------------------------
+# ---- what others put there ---------------------------------------------------------------------------------
 
 class Bomb:
     def __reduce__(self):
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def test_no_pickle_of_others_is_run(two_runs, tmp_path, monkeypatch):
+def test_no_pickle_of_others_is_run(three_runs, tmp_path, monkeypatch):
     """Neither as a checkpoint of a run nor as weights."""
-    folder, command = two_runs
+    folder, command = three_runs
     run, base, bomb = tmp_path / "run", tmp_path / "base", tmp_path / "went off"
     monkeypatch.setenv("BOMB", str(bomb))
-    shutil.copytree(folder / "a", run)
-    (run / "eval.json").unlink()
-    left_out = shutil.ignore_patterns("*.safetensors", "run.json", "eval.json")
-    shutil.copytree(folder / "a", base, ignore=left_out)
+    shutil.copytree(folder / "a", run, ignore=shutil.ignore_patterns("eval.json"))
+    shutil.copytree(folder / "a", base, ignore=shutil.ignore_patterns("*.safetensors", "run.json", "eval.json"))
     for save in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
-        for place, name, flags in ((run, "state.pt", [*command, "--out", str(run)]),
-                                   (base, "pytorch_model.bin", [*command[:4], "--init_from", str(base)])):
+        for place, name, flags in ((run, "state.pt", [*command, "--out", run]),
+                                   (base, "pytorch_model.bin", [*command[:4], "--init_from", base])):
             save({"model": Bomb()}, place / name)
             with pytest.raises(BadInput, match=name):
-                train.train(train.parse_config(flags))
+                go(map(str, flags))
             assert not bomb.exists()
 
 
-def test_the_network_is_for_downloads_alone(two_runs, tmp_path, monkeypatch):
+def test_no_link_is_followed_to_a_file_of_the_user(three_runs, tmp_path, monkeypatch):
+    """Temporary files had known names and were opened where they stood: `ln -s victim RUN/state.pt.tmp`, in a
+    folder that others can write to, had the next checkpoint overwrite the victim."""
+    _, command = three_runs
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("mine")
+    for name in ("run.json", "state.pt", "eval.json", "config.json", "model.safetensors", "tokenizer.model"):
+        (run / f"{name}.tmp").symlink_to(victim)
+    go(command, "--out", run)
+    assert victim.read_text() == "mine" and not temporary(run)
+    assert not any(path.is_symlink() for path in run.iterdir())
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "guessed")
+    (run / "notes.guessed.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_text(run / "notes", "theirs")
+    assert victim.read_text() == "mine" and not (run / "notes").exists()
+
+
+def test_the_network_is_for_downloads_alone(three_runs, tmp_path, monkeypatch):
     """Training, scoring, answering: no socket is opened. One module can open one."""
     def refuse(*_, **__):
         raise AssertionError("the network")
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    folder, command = two_runs
-    train.train(train.parse_config([*command, "--out", str(tmp_path / "run")]))
-    eval.score_run(tmp_path / "run")
-    eval.answer_prompt(str(tmp_path / "run"), "x")
+    _, command = three_runs
+    run = tmp_path / "run"
+    go(command, "--out", run)
+    eval.score_run(run, eval.EvalOptions([str(run)]))
+    eval.answer_prompt(run, eval.EvalOptions([str(run)], prompt="x"))
     opens = re.compile(r"^ *(?:import|from) (?:urllib|http|socket|requests|ftplib)", re.MULTILINE)
     here = [path.relative_to(ROOT) for path in ROOT.glob("**/*.py") if opens.search(path.read_text())]
     assert [str(path) for path in here if path.parts[0] != "tests"] == ["tasks/datasets.py"]
