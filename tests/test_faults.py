@@ -256,7 +256,8 @@ HARM = {"cut": lambda path, _: path.write_bytes(path.read_bytes()[:path.stat().s
         "that of another seed": lambda path, runs: shutil.copy(runs / "seed" / path.name, path),
         "that of other data": lambda path, runs: shutil.copy(runs / "data" / path.name, path),
         "another program's": lambda path, _: torch.save({"model": {}}, path) if path.suffix == ".pt" else (
-            path.write_text("{}\n"))}
+            path.write_text("{}\n")),
+        "no checkpoint": lambda path, _: torch.save({} if path.suffix == ".pt" else [torch.ones(3)], path)}
 
 
 def contents(folder: Path) -> dict:
@@ -292,8 +293,8 @@ def test_a_harmed_finished_run(three_runs, tmp_path, name, readers, harm):
     run = tmp_path / "run"
     shutil.copytree(folder / "a", run)
     HARM[harm](run / name, folder)
-    if harm == "deleted":  # without run.json it is a model folder; without predictors it still answers
-        readers = {"run.json": "train score", "pred_embedding.safetensors": "score", "eval.json": ""}.get(
+    if harm == "deleted":  # without run.json it is a model folder; a new [PRED] may be trained on it
+        readers = {"run.json": "train score", "pred_embedding.safetensors": "score answer", "eval.json": ""}.get(
             name, readers)
     uses = {"train": lambda: go(command, "--out", run),
             "score": lambda: eval.score_run(run, eval.EvalOptions([str(run)])),
