@@ -296,6 +296,12 @@ class EvalOptions:
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
 
 
+def view_options(run: dict) -> ViewOptions:
+    """Those of a run.json, of which an older one may lack some; of a model that is no run: none predicts."""
+    settings = run["config"] if run else {"k": 0}
+    return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
+
+
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
     """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any."""
     run = read_run(folder) if Path(folder, "run.json").exists() else {}
@@ -304,16 +310,15 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     model = Transformer.from_pretrained(folder, torch.float32)
+    rows, k = 0 if model.pred_embedding is None else len(model.pred_embedding), view_options(run).k
+    if rows < k:
+        raise BadInput(f"{folder}/pred_embedding.safetensors: holds {rows} predictor tokens, the run has {k}")
+    if run and run["config"].get("predictor", "tokens") != "tokens" and model.predictor is None:
+        raise BadInput(f"{folder}/predictor.safetensors: no such file, but the run has a learned predictor")
     model.embed_layer = run["config"].get("layer", -1) if run else -1
     format = run["config"].get("format", "auto") if run and o.format == "auto" else o.format
     tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
     return model.to(pick_device(o.device)).eval(), tokenizer, run
-
-
-def view_options(run: dict) -> ViewOptions:
-    """Those of a run.json, of which an older one may lack some; of a model that is no run: none predicts."""
-    settings = run["config"] if run else {"k": 0}
-    return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
 
 
 def load_run_data(folder: str | Path, run: dict, o: EvalOptions) -> tuple[Dataset, bool]:

@@ -151,8 +151,8 @@ class Run:
         written again. Returns the steps done, and what they took. every: steps between two checkpoints."""
         path, metrics = self.folder / "state.pt", self.folder / "metrics.jsonl"
         step, seen, size = 0, {"examples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}, 0
-        state = load_state(self.folder, next(model.parameters()).device) or {}
-        if not state:
+        state = load_state(self.folder, next(model.parameters()).device)
+        if state is None:
             rows = read_metrics(metrics, metrics.read_bytes())
             if rows and rows[-1]["step"] > every:
                 raise BadInput(f"{path}: missing, but {metrics} goes on after the first checkpoint; put it "
@@ -168,12 +168,12 @@ class Run:
                 if ema is not None:
                     ema.load_state_dict(state["ema"])
                 step, seen, size = state["step"], state["seen"], state["metrics_size"]
+                self.last_line = state.get("last_line", b"")  # an older version did not keep it
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path}: of another run; put its own back, or choose another --out") from None
         if self.log:
             self.log.seek(0)
             content = self.log.read(size)
-            self.last_line = state.get("last_line", b"")  # an older version did not keep it
             if len(content) < size or not content.endswith(self.last_line):
                 raise BadInput(f"{metrics}: not as at the last checkpoint; put its own back, or choose "
                                "another --out")

@@ -256,7 +256,8 @@ HARM = {"cut": lambda path, _: path.write_bytes(path.read_bytes()[:path.stat().s
         "that of another seed": lambda path, runs: shutil.copy(runs / "seed" / path.name, path),
         "that of other data": lambda path, runs: shutil.copy(runs / "data" / path.name, path),
         "another program's": lambda path, _: torch.save({"model": {}}, path) if path.suffix == ".pt" else (
-            path.write_text("{}\n"))}
+            path.write_text("{}\n")),
+        "no checkpoint": lambda path, _: torch.save({} if path.suffix == ".pt" else [torch.ones(3)], path)}
 
 
 def contents(folder: Path) -> dict:
@@ -292,8 +293,8 @@ def test_a_harmed_finished_run(three_runs, tmp_path, name, readers, harm):
     run = tmp_path / "run"
     shutil.copytree(folder / "a", run)
     HARM[harm](run / name, folder)
-    if harm == "deleted":  # without run.json it is a model folder; without predictors it still answers
-        readers = {"run.json": "train score", "pred_embedding.safetensors": "score", "eval.json": ""}.get(
+    if harm == "deleted":  # without run.json it is a model folder; a new [PRED] may be trained on it
+        readers = {"run.json": "train score", "pred_embedding.safetensors": "score answer", "eval.json": ""}.get(
             name, readers)
     uses = {"train": lambda: go(command, "--out", run),
             "score": lambda: eval.score_run(run, eval.EvalOptions([str(run)])),
@@ -416,9 +417,8 @@ def test_the_network_is_for_downloads_alone(three_runs, tmp_path, monkeypatch):
     eval.score_run(run, eval.EvalOptions([str(run)]))
     eval.answer_prompt(run, eval.EvalOptions([str(run)], prompt="x"))
     opens = re.compile(r"^ *(?:import|from) (?:urllib|http|socket|requests|ftplib)", re.MULTILINE)
-    ours = [path for folder in (".", "support", "tasks", "experiments") for path in (ROOT / folder).glob("*.py")]
-    assert len(ours) > 12
-    assert [path.name for path in ours if opens.search(path.read_text(encoding="utf-8"))] == ["datasets.py"]
+    here = [path.relative_to(ROOT) for path in ROOT.glob("**/*.py") if opens.search(path.read_text())]
+    assert [str(path) for path in here if path.parts[0] != "tests"] == ["tasks/datasets.py"]
 
 
 # ---- a long life -------------------------------------------------------------------------------------------
@@ -445,7 +445,8 @@ def test_memory_stays_flat(argv, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_million_lines(argv, tmp_path):  # noqa: F811
-    """100 steps from a file of a million lines: at most 200 MiB more than from one of a thousand."""
+    """100 steps from a file of a million lines: at most 200 MiB more than from one of a thousand, besides the
+    file's own pages, which are mapped and which the system can take back at any time."""
     lines = [json.dumps({"text": text, "code": code}) + "\n" for text, code in nlrx.generate(1000)]
     peaks, seconds = [], []
     for copies in (1, 1000):
@@ -462,4 +463,4 @@ def test_a_million_lines(argv, tmp_path):  # noqa: F811
         peaks.append(used.ru_maxrss / 1024)
         seconds.append(time.monotonic() - start)
     print(f"peaks of {peaks[0]:.0f} and {peaks[1]:.0f} MiB, {seconds[1] - seconds[0]:.0f} s more")
-    assert peaks[1] - peaks[0] < 200
+    assert peaks[1] - peaks[0] - path.stat().st_size / 2**20 < 200

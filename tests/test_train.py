@@ -418,7 +418,7 @@ def test_no_prefetch_starts_no_thread(argv, monkeypatch):
     ("--alpha 1", "--alpha 1.0: must be 0 or more and below 1"),
     (f"--seed {2**64}", f"must be 0 or more and below {2**63}"),
     ("--temperature 0.1", "--temperature has no effect with --distance cosine"),
-    ("--distance infonce --micro_batch 4", "the pairs of the whole batch"),
+    ("--distance infonce --micro_batch 4", "the whole batch: it needs"),
     ("--distance infonce --alpha 0.5", "no --alpha"),
     ("--distance infonce --batch_size 1", "needs --batch_size 2 or more"),
     ("--distance infonce --fixed_shapes --row_len 500", "no --fixed_shapes"),
