@@ -23,16 +23,18 @@ from typing import Literal
 import torch
 from torch import nn
 
-from data import Sampler, micro_batches, own_tokenizer, prefetch, render_prompt, render_views
-from eval import generate, generate_slow, markdown
+from data import Sampler, micro_batches, own_tokenizer, render_prompt, render_views
+from eval import generate, generate_slow
 from model import PRESETS, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import main_guard, write_text
 from support.settings import opt, parse_options
+from support.speed import forward_dtype, prefetch, set_precision
+from support.tables import markdown
 from support.tokenizer import Tokenizer
 from tasks.datasets import load_dataset
-from train import Config, backward, checked, compile_step, count_step, forward_dtype, make_optimizer
-from train import model_config, set_precision, weights_of_terms
+from train import Config, backward, checked, compile_step, count_step, make_optimizer, model_config
+from train import weights_of_terms
 
 VARIANTS = {"plain": dict(lam=0.0), "three passes": dict(passes="three", row_len=0), "fused": dict(),
             "fused, alpha 0.75": dict(alpha=0.75)}
@@ -99,7 +101,7 @@ def measure(o: BenchOptions) -> dict:
     """All that the tables show, as numbers."""
     c = checked(Config(**{f.name: getattr(o, f.name) for f in fields(o) if hasattr(Config, f.name)}))
     device = pick_device(c.device)
-    on_cuda, dtype = device.type == "cuda", forward_dtype(c, device)
+    on_cuda, dtype = device.type == "cuda", forward_dtype(c.dtype, device)
     data = load_dataset(c.dataset, c.data_dir)
     tokenizer = own_tokenizer(data.train, c.vocab_size)
     model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed).to(device)

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import train
-from eval import COLUMNS, SHARES, from_hex, markdown, shown
+from eval import from_hex
 from support.files import BadInput, main_guard, read_json, write_text
 from support.settings import fill, in_group, opt, parse_options, with_identity
+from support.tables import COLUMNS, SHARES, markdown, shown
 
 SHOWN, COST = (*COLUMNS, "cos_gap"), ("examples", "flops", "seconds")
 NARROW = ("exact", "dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
@@ -214,7 +215,7 @@ def comparison(results: dict[str, dict], against: str = "", narrow: bool = False
 
 
 def main() -> None:
-    o = parse_options(CompareOptions, description=__doc__, positional="runs")
+    o = parse_options(CompareOptions, description=__doc__, positional=("runs",))
     results = {str(Path(folder)): read_result(folder) for folder in o.runs}
     against = o.against and str(Path(o.against))
     print(comparison(results, against, o.narrow))

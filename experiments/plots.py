@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from eval import EvalOptions, embed_all, load_run
+from eval import EvalOptions, embed_run
 from experiments.compare import read_result, variants_of
 from support.distributed import DEVICES
 from support.files import BadInput, atomic, main_guard
@@ -80,8 +80,7 @@ def draw(folders: list[str], out: Path, o: EvalOptions) -> None:
     variants = [(v.name, [folder for folder in folders if results[folder] in v.seeds.values()])
                 for v in variants_of(results)]
     for folder in folders:
-        model, tokenizer, data, options, _ = load_run(folder, o)
-        text, _, enc = embed_all(model, tokenizer, data, options)
+        text, _, enc, _ = embed_run(folder, o)
         views[folder] = torch.cat([text[:300], enc[:300]])
         values = torch.linalg.svdvals((text - enc).double())
         spectra[folder] = np.stack([np.arange(1, len(values) + 1), values.numpy()], axis=1)
@@ -115,7 +114,7 @@ def draw(folders: list[str], out: Path, o: EvalOptions) -> None:
 
 
 def main() -> None:
-    o = parse_options(PlotOptions, description=__doc__, positional="runs")
+    o = parse_options(PlotOptions, description=__doc__, positional=("runs",))
     draw(o.runs, Path(o.out), EvalOptions(data_dir=o.data_dir, device=o.device))
     print(f"learning_curves.png, tsne.png and singular_values.png are in {o.out}")
 
