@@ -1,6 +1,5 @@
 """experiments/RESULTS.md and results/tables: every table is what the command above it prints from the
 committed files; and run.sh makes the runs that are committed."""
-import json
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from conftest import ROOT
 import train
 from experiments import compare
 from experiments.compare import read_result, settings_of
+from support.files import read_json
 from support.tables import shown, table
 
 HERE = ROOT / "experiments"
@@ -85,7 +85,7 @@ def test_tables_of_embeddings():
     variants = []
     for pattern in patterns.split():
         folders = sorted(HERE.glob(pattern.removeprefix("runs/")))
-        variants.append({f"runs/{path.relative_to(HERE)}": json.loads((path / "embeddings.json").read_text())
+        variants.append({f"runs/{path.relative_to(HERE)}": read_json(path / "embeddings.json")
                          for path in folders})
     assert cells(written) == cells(table({name: run for runs in variants for name, run in runs.items()}))
     head, *rows = cells(re.search(r"(\| variant [^\n]*linear_error(?:[^\n]*\n)+?)\n", RESULTS)[1])
