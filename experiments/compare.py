@@ -161,6 +161,11 @@ def subtract(ours: Variant, theirs: Variant) -> dict[str, dict]:
     return found
 
 
+def mean_and_std(values: list[float]) -> list[float]:
+    """Of one value, the mean alone."""
+    return [float(np.mean(values)), *([float(np.std(values, ddof=1))] if len(values) > 1 else [])]
+
+
 def compare(results: dict[str, dict], against: str = "") -> list[dict]:
     """A row per variant. results: folder -> what `read_result` returns; against: the folder whose variant is
     the baseline of all others."""
@@ -178,10 +183,6 @@ def compare(results: dict[str, dict], against: str = "") -> list[dict]:
                      "against": baseline and baseline.name,
                      "minus": subtract(variant, baseline) if baseline else {}})
     return rows
-
-
-def mean_and_std(values: list[float]) -> list[float]:
-    return [float(np.mean(values)), *([float(np.std(values, ddof=1))] if len(values) > 1 else [])]
 
 
 def difference(row: dict, column: str) -> str:

@@ -79,7 +79,7 @@ def test_the_table_of_answers():
 
 
 def test_tables_of_embeddings():
-    """From what the command wrote: without the weights, it cannot be run again. Each run; means over seeds."""
+    """From what the command wrote, since it needs the weights: each run, and means over seeds."""
     command = r"python eval\.py ([^\n]*) --embeddings\n```\n\n"
     (patterns, written), = re.findall(command + TABLE, TEXTS["embeddings"])
     variants = []
