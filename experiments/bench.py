@@ -23,13 +23,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from data import Sampler, micro_batches, own_tokenizer, render_prompt, render_views
+from data import micro_batches, own_tokenizer, render_prompt, render_views
 from eval import generate, generate_slow
 from model import PRESETS, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import main_guard, write_text
 from support.settings import opt, parse_options
-from support.speed import forward_dtype, prefetch, set_precision
+from support.speed import Sampler, forward_dtype, prefetch, set_precision
 from support.tables import markdown
 from support.tokenizer import Tokenizer
 from tasks.datasets import load_dataset
@@ -85,7 +85,7 @@ def one_block(c: Config, model: Transformer, optimizer: torch.optim.Optimizer, s
         at = time.perf_counter()
         batches = next(batches_of_steps)
         done["loading"] += time.perf_counter() - at
-        counts, examples, flops = count_step(model, batches, weights)
+        counts, examples, flops = count_step(c, model, batches)
         done["examples"] += examples
         done["tokens"] += sum(batch.n_real for batch in batches)
         done["flops"] += flops
@@ -111,7 +111,7 @@ def measure(o: BenchOptions) -> dict:
     for name, changes in VARIANTS.items():
         variant = replace(c, **changes)
         make = partial(micro_batches, variant, examples.__getitem__, sampler)
-        step_terms, make = compile_step(variant, model, dtype, make, n_steps)
+        step_terms, make = compile_step(variant, model, None, dtype, make, n_steps)
         run_block[name] = partial(one_block, variant, model, optimizer, step_terms, make)
 
     set_precision(dtype)

@@ -5,22 +5,22 @@
     python -m experiments.compare RUN RUN ... --narrow         the most important columns only
 
 Runs that differ in nothing but the seed are one variant: mean ± standard deviation over its seeds. The
-baseline of a variant is the plain one (lam = 0, stp = 0) that shares its other settings. On the seeds that
-both have, the table shows the mean difference and its 95 % interval for other seeds and other test items
+baseline of a variant is the plain one (next-token loss alone) that shares its other settings. On the seeds
+that both have, the table shows the mean difference and its 95 % interval for other seeds and other test items
 (with one seed: for other items alone). A difference is significant if the interval excludes 0.
 """
 import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 import train
-from eval import from_hex
 from support.files import BadInput, main_guard, read_json, write_text
 from support.settings import fill, in_group, opt, parse_options, with_identity
-from support.tables import COLUMNS, SHARES, markdown, shown
+from support.tables import COLUMNS, SHARES, from_hex, markdown, shown
 
 SHOWN, COST = (*COLUMNS, "cos_gap"), ("examples", "flops", "seconds")
 NARROW = ("exact", "dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
@@ -43,7 +43,7 @@ class Variant:
     name: str = ""
 
     def is_plain(self) -> bool:
-        return self.settings["lam"] == self.settings["stp"] == 0
+        return [*train.weights_of_terms(SimpleNamespace(**self.settings))] == ["ntp"]
 
 
 def read_result(folder: str | Path) -> dict:
@@ -61,7 +61,9 @@ def read_result(folder: str | Path) -> dict:
                 and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)
                 and {"files", "init", "test", "dtype"} <= result.keys()):
             raise ValueError
-        return result | {"config": fill(train.Config, config, train.FORMER)}
+        config = fill(train.Config, config, train.FORMER)
+        train.weights_of_terms(SimpleNamespace(**config))  # is_plain will ask for them
+        return result | {"config": config}
     except (LookupError, TypeError, ValueError, AttributeError):
         raise BadInput(f"{path}: damaged, or not written by this program's train.py") from None
 
@@ -70,9 +72,11 @@ def settings_of(result: dict) -> dict:
     """What makes the variant: all settings but the seed and those that change no result. A base model counts
     by its files; if it is a run, by the name of that run."""
     config = train.FORMER | result["config"]
-    if config.pop("objective") == "stp":  # an older run
+    if config.pop("objective") == "stp":  # this and the next two: of older runs
         config |= {"lam": 0.0, "stp": config["lam"]}
-    if config.pop("match_flops"):  # an older run; it names another one, which has a seed of its own
+    if config.pop("stop_gradient"):
+        config["target"] = "stopgrad"
+    if config.pop("match_flops"):  # it names a run, which has a seed of its own
         config["max_flops"] = "matched"
     left_out = {"seed", *with_identity(train.Config, "nothing"), *with_identity(train.Config, "content")}
     left_out |= set(LENGTH if config["max_flops"] else ())

@@ -23,7 +23,7 @@ from support.files import BadInput, atomic, main_guard
 from support.runs import read_metrics
 from support.settings import opt, parse_options
 
-TERMS, SCORES = ("ntp", "jepa", "stp"), ("exact", "cos_paired", "cos_shuffled")
+TERMS, SCORES = ("ntp", "jepa", "stp", "reg"), ("exact", "cos_paired", "cos_shuffled")
 
 
 @dataclass

@@ -18,7 +18,7 @@ valid="--eval_split valid --compile --seed 82"
 turk="--dataset nlrx_turk --epochs 8"
 small="--n_train 1000 --epochs 32"
 objectives="cosine
-stop_gradient --stop_gradient
+stop_gradient --target stopgrad
 infonce --distance infonce
 mse --distance mse
 lam0.1 --lam 0.1

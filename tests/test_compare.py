@@ -7,11 +7,11 @@ import pytest
 from conftest import ROOT
 
 import train
-from eval import to_hex
 from experiments import compare as program
 from experiments.compare import baseline_of, compare, comparison, paired_interval, read_result, variants_of
 from support.files import BadInput
 from support.settings import fill, opt
+from support.tables import to_hex
 
 RESULTS = ROOT / "experiments" / "results"
 
@@ -186,7 +186,7 @@ def settings(request, monkeypatch):
     @dataclass
     class Newer(train.Config):
         """As somebody adds a flag."""
-        target: str = opt("online", "of the JEPA term", group="optimization")
+        margin: float = opt(0.0, "of a new kind of optimizer", group="optimization")
 
     if request.param == "and one more":
         monkeypatch.setattr(train, "Config", Newer)
@@ -216,6 +216,13 @@ def test_semantic_tube_prediction_of_an_older_run():
     assert compare({"p": plain(1, [1]), "old": old})[1]["against"] == "stp 0.0"
 
 
+def test_any_other_term_of_the_loss_has_the_plain_baseline():
+    runs = {"p": plain(1, [0]), "s": plain(1, [1], stp=0.5), "r": plain(1, [1], k=1, reg_weight=0.1),
+            "old": result(1, [1], stop_gradient=True), "new": result(2, [1], target="stopgrad")}
+    rows = compare(runs)
+    assert means(rows) == [None, 1, 1, 1] and rows[3]["seeds"] == [1, 2]
+
+
 def stored(folder, **changed):
     folder.mkdir()
     (folder / "eval.json").write_text(json.dumps(result(1, [1, 0, 0, 0, 0, 0, 0, 0, 1]) | changed))
@@ -229,8 +236,8 @@ def test_shares_are_counted_from_the_items(tmp_path):
 
 @pytest.mark.parametrize("changed", [
     {"n": 20}, {"n": "9"}, {"n": -9}, {"items": {"exact": 3}}, {"items": {"exact": "0g00"}}, {"items": []},
-    {"config": {}}, {"config": None}, {"config": {"seed": "1"}}, {"trained": {}}, {"rank_enc": "high"},
-    {"rank_enc": 10**400}, {"trained": {"examples": 1, "flops": [], "seconds": 1}}])
+    {"config": {}}, {"config": None}, {"config": {"seed": "1"}},
+    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": "high"}, {"rank_enc": 10**400}, {"trained": {"examples": 1, "flops": [], "seconds": 1}}])
 def test_damaged_results_are_refused(tmp_path, changed):
     with pytest.raises(BadInput, match="run/eval.json: damaged, or not written by"):
         read_result(stored(tmp_path / "run", **changed))
