@@ -237,7 +237,8 @@ def test_shares_are_counted_from_the_items(tmp_path):
 @pytest.mark.parametrize("changed", [
     {"n": 20}, {"n": "9"}, {"n": -9}, {"items": {"exact": 3}}, {"items": {"exact": "0g00"}}, {"items": []},
     {"config": {}}, {"config": None}, {"config": {"seed": "1"}},
-    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": "high"}, {"rank_enc": 10**400}, {"trained": {"examples": 1, "flops": [], "seconds": 1}}])
+    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": "high"},
+    {"rank_enc": 10**400}, {"trained": {"examples": 1, "flops": [], "seconds": 1}}])
 def test_damaged_results_are_refused(tmp_path, changed):
     with pytest.raises(BadInput, match="run/eval.json: damaged, or not written by"):
         read_result(stored(tmp_path / "run", **changed))
