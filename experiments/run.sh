@@ -26,6 +26,22 @@ alpha0.75 --alpha 0.75
 stp --lam 0 --stp 1
 infonce0.1 --distance infonce --lam 0.1
 stp0.02 --lam 0 --stp 0.02"
+seams="plain --lam 0
+cosine
+vicreg0.1 --reg vicreg --reg_weight 0.1
+vicreg1 --reg vicreg --reg_weight 1
+sigreg1 --reg sigreg --reg_weight 1
+sigreg10 --reg sigreg --reg_weight 10
+vicreg0.1-alone --lam 0 --reg vicreg --reg_weight 0.1
+vicreg1-alone --lam 0 --reg vicreg --reg_weight 1
+sigreg1-alone --lam 0 --reg sigreg --reg_weight 1
+sigreg10-alone --lam 0 --reg sigreg --reg_weight 10
+ema --target ema
+linear --predictor linear
+ema-linear --target ema --predictor linear
+mean --pool mean
+lam_warmup --lam_warmup 0.5
+vicreg0.1-ema-linear --reg vicreg --reg_weight 0.1 --target ema --predictor linear"
 
 run() {  # SECTION NAME FLAGS
     kept=experiments/results/$1/$2/eval.json
@@ -74,6 +90,11 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
         echo search_turk $name $turk $flags $valid
         echo search_small $name $small $flags $valid
     done <<< "$objectives"
+    # what the field uses against collapse, alone and with the cosine
+    while read -r name flags; do
+        echo seams_synth $name --epochs 4 $flags $valid
+        echo seams_turk $name $turk $flags $valid
+    done <<< "$seams"
     # JEPA between two texts of one regex. The committed runs had the flag --view2 of an older version; with a file
     # of their own they can only be compared with a plain run on it (--lam 0)
     echo search_turk view2 --dataset $views --epochs 8 $valid
