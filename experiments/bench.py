@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from data import micro_batches, own_tokenizer, render_prompt, render_views
-from eval import generate, generate_slow
 from model import PRESETS, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import main_guard, write_text
+from support.generation import generate, generate_slow
 from support.settings import opt, parse_options
 from support.speed import Sampler, forward_dtype, prefetch, set_precision
 from support.tables import markdown

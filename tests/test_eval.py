@@ -8,12 +8,13 @@ import torch
 import eval
 import train
 from data import ViewOptions, collate_fused, render_views
-from eval import Answer, EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
-from eval import generate, generate_slow, score
+from eval import EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
+from eval import score
 from jepa_loss import dense_mask, gather
 from model import KVCache
 from support.distributed import pick_device
 from support.files import BadInput, main_guard
+from support.generation import Answer, generate, generate_slow
 from support.geometry import linear_map_error, rank_me
 from support.tables import from_hex, table, to_hex
 from tasks import datasets, nlrx, regexes

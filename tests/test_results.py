@@ -108,9 +108,11 @@ def test_run_sh_makes_the_committed_runs():
     command = ["bash", str(HERE / "run.sh"), "data", "list"]
     reply = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [re.sub(r"\$\(flops [^)]*\)", "1e13", line).split() for line in reply.stdout.splitlines()]
-    assert sorted(f"{section}/{name}" for section, name, *_ in lines) == sorted(
-        str(path.parent.relative_to(HERE / "results")) for path in COMMITTED)
+    assert {str(path.parent.relative_to(HERE / "results")) for path in COMMITTED} <= {
+        f"{section}/{name}" for section, name, *_ in lines}
     for section, name, *flags in lines:
+        if not (HERE / "results" / section / name / "eval.json").exists():
+            continue  # a run that is still to be made
         committed = read_result(HERE / "results" / section / name)
         config = asdict(train.parse_config([*flags, "--out", "x"]))
         ours, theirs = settings_of(committed | {"config": config}), settings_of(committed)
