@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.files import BadInput, atomic, read_json, write_text
+from support.files import BadInput, atomic, read_json, refuse_other_kinds, write_text
 
 # field of model.ModelConfig -> (its name in config.json, type)
 HF_NAMES = {"vocab_size": ("vocab_size", int), "dim": ("hidden_size", int),
@@ -80,6 +80,7 @@ def read_config(path: Path) -> dict:
 def opened(path: Path):
     """A safetensors file, mapped into memory; BadInput if it is missing or damaged."""
     try:
+        refuse_other_kinds(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:

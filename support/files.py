@@ -5,6 +5,7 @@ that names it and says what to do; `main_guard` prints that line and exits with 
 written through `atomic`: a reader sees the old file or the new one, never a half.
 """
 import argparse
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -53,12 +54,33 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+KINDS = {  # how files of other kinds begin -> what they are, and what to do
+    b"version https://git-lfs": "a Git LFS pointer, not the file; run git lfs pull",
+    b"PAR1": "a Parquet file; pandas.read_parquet(...).to_json(..., orient='records', lines=True) makes a "
+             ".jsonl of it",
+    b"\x1f\x8b": "compressed; gunzip it first", b"PK\3\4": "a zip archive; unzip it first",
+    b"\x28\xb5\x2f\xfd": "compressed; unzstd it first", b"BZh": "compressed; bunzip2 it first",
+    codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8"}
+
+
+def refuse_other_kinds(path: str | Path) -> None:
+    """BadInput if a file begins as one does that is never read here, like a Git LFS pointer."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    for magic, what in KINDS.items():
+        if start.startswith(magic):
+            raise BadInput(f"{path}: {what}")
+
+
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
+        refuse_other_kinds(path)
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
+    except BadInput:
+        raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
         raise BadInput(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

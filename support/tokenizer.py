@@ -7,6 +7,7 @@
 Only a Format writes special tokens. In a user's text "<|end|>" is seven characters.
 """
 import base64
+import codecs
 import json
 import unicodedata
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
-from support.files import BadInput, atomic, read_json
+from support.files import BadInput, atomic, read_json, refuse_other_kinds
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
 
@@ -38,7 +39,8 @@ LLAMA3_SPECIAL = (
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
     """The ranks in a file of tiktoken's format. (tiktoken's own loader would cache the file by its path.)"""
-    ranks, content = {}, path.read_bytes()
+    refuse_other_kinds(path)
+    ranks, content = {}, path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if content[:1] == b"\n" or b"<unk>" in content[:64]:
         raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
     for number, line in enumerate(content.splitlines(), 1):

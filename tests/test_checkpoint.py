@@ -1,7 +1,10 @@
 """Hugging Face folders: theirs read by us, ours read by them, and folders that are damaged."""
+import codecs
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_model import LLAMA3, named, small
 
 from model import PRESETS, ModelConfig, Transformer
 from support.files import BadInput
+from support.tokenizer import Tokenizer
 
 IDS = torch.randint(600, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -231,3 +235,21 @@ def test_damaged_shards_are_named(tmp_path):
                           "is missing; is config.json another model's")]:
         index.write_text(json.dumps({"weight_map": wrong}))
         assert_refused(tmp_path, match)
+
+
+@pytest.mark.parametrize("name,read", [
+    ("model.safetensors", Transformer.from_pretrained), ("config.json", Transformer.from_pretrained),
+    ("tokenizer.json", Tokenizer.load)])
+def test_a_git_lfs_pointer_is_named(chat_folder, tmp_path, name, read):
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123456\n")
+    with pytest.raises(BadInput, match=f"{name}: a Git LFS pointer, not the file; run git lfs pull$"):
+        read(folder)
+
+
+def test_a_byte_order_mark_is_no_content(chat_folder, tmp_path):
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    assert Tokenizer.load(folder).ranks == Tokenizer.load(chat_folder).ranks
+    assert Transformer.from_pretrained(folder).config == Transformer.from_pretrained(chat_folder).config
