@@ -295,6 +295,10 @@ class Transformer(nn.Module):
         tied = self.config.tie_embeddings
         return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
 
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """Room for `capacity` tokens of each of `rows` rows."""
+        return KVCache(self.config, rows, capacity, self.device, self.embed_tokens.weight.dtype)
+
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device

@@ -52,6 +52,7 @@ from tasks.scorers import check_databases
 of_data, of_model = partial(opt, group="data"), partial(opt, group="model")
 of_shape = partial(of_model, low=0, needs="!init_from")
 of_loss, of_optim = partial(opt, group="objective"), partial(opt, group="optimization")
+of_views = partial(of_loss, needs="lam|reg_weight")
 of_run, neutral = partial(opt, group="the run"), partial(opt, group="the run", identity="nothing")
 
 
@@ -66,20 +67,16 @@ class Config(ViewOptions):
     data_dir: str = of_data("data", "where the published files are", identity="nothing",
                             needs="dataset!=*.jsonl")
     test_file: str = of_data("", "the test split of a dataset of your own", identity="nothing",
-                          needs="dataset=*.jsonl eval_split=test")
+                             needs="dataset=*.jsonl eval_split=test")
     n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
     n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
     eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
     on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
-    vocab_size: int = of_data(512, "at most so many byte-level BPE tokens, trained on the train split",
-                              low=256, needs="!init_from")
-    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by the tokenizer's special tokens",
-                                    needs="init_from")
+    vocab_size: int = of_data(512, "at most so many BPE tokens, of train", low=256, needs="!init_from")
+    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by its tokens", needs="init_from")
 
-    init_from: str = of_model("", "begin with the weights of a run, or of a Hugging Face folder of a Llama",
-                              identity="content")
-    lora_rank: int = of_model(0, "train adapters of this rank instead of the weights; 0: the weights", low=0,
-                          needs="init_from")
+    init_from: str = of_model("", "begin with a run, or a Hugging Face folder", identity="content")
+    lora_rank: int = of_model(0, "train adapters of this rank; 0: the weights", low=0, needs="init_from")
     lora_dropout: float = of_model(0.1, "in front of the adapters", low=0, below=1, needs="lora_rank")
     preset: Literal[tuple(PRESETS)] = of_model("nano", "shape of the model", needs="!init_from")
     dim: int = of_shape(0, "width C; 0: the preset's")
@@ -91,36 +88,28 @@ class Config(ViewOptions):
 
     gamma: float = opt(1.0, "weight of the next-token loss", group="labels", low=0)
     lam: float = of_loss(1.0, "weight of the JEPA loss; 0: plain next-token training", low=0)
-    lam_warmup: float = of_loss(0.0, "share of the run in which lam rises from 0", low=0, below=1,
-                                needs="lam")
-    stp: float = of_loss(0.0, "weight of Semantic Tube Prediction; 0: without", low=0)
-    stp_form: Literal["paper", "released"] = of_loss("paper", "its formula, or that of the code", needs="stp")
-    reg_weight: float = of_loss(0.0, "weight of a regulariser of both embeddings; 0: without", low=0)
-    reg: Literal[tuple(REGULARISERS)] = of_loss("vicreg", "which one", needs="reg_weight")
     distance: Literal[tuple(DISTANCES)] = of_loss("cosine", "d", needs="lam")
     temperature: float = of_loss(0.07, "of --distance infonce", above=0, needs="lam distance=infonce")
     target: Literal["online", "stopgrad", "ema"] = of_loss(
         "online", "Enc(Code) of the model, without a gradient, or of a moving average of it", needs="lam")
     ema_decay: float = of_loss(0.99, "of the moving average", low=0, below=1, needs="target=ema")
-    predictor: Literal["tokens", "linear", "mlp"] = of_loss(
-        "tokens", "[PRED] alone, or a learned head after it", needs="lam|reg_weight")
-    layer: int = of_loss(-1, "embed views after this block; -1: after the final norm", low=-1,
-                         needs="lam|reg_weight")
-    alpha: float = of_loss(0.0, "loss dropout: each example goes without its views with this probability",
-                           low=0, below=1, needs="lam|reg_weight")
-    passes: Literal["fused", "three"] = of_loss("fused", "one masked pass, or three: the same losses",
-                                                needs="lam|reg_weight")
+    lam_warmup: float = of_loss(0.0, "share of the run in which lam rises", low=0, below=1, needs="lam")
+    reg_weight: float = of_loss(0.0, "weight of a regulariser of both embeddings; 0: without", low=0)
+    reg: Literal[tuple(REGULARISERS)] = of_loss("vicreg", "which one", needs="reg_weight")
+    predictor: Literal["tokens", "linear", "mlp"] = of_views("tokens", "[PRED] alone, or a head as well")
+    layer: int = of_views(-1, "embed views after this block; -1: after the final norm", low=-1)
+    alpha: float = of_views(0.0, "loss dropout: the share of examples without views", low=0, below=1)
+    passes: Literal["fused", "three"] = of_views("fused", "one masked pass, or three: the same losses")
+    stp: float = of_loss(0.0, "weight of Semantic Tube Prediction; 0: without", low=0)
+    stp_form: Literal["paper", "released"] = of_loss("paper", "its formula, or its code's", needs="stp")
 
     epochs: int = of_optim(3, "passes over the train split", low=1, needs="!max_flops")
-    max_steps: int = of_optim(0, "end after so many steps, if the epochs do not end before", low=0,
-                           needs="!max_flops")
+    max_steps: int = of_optim(0, "end after so many steps; 0: the epochs", low=0, needs="!max_flops")
     max_flops: float = of_optim(0.0, "end when so many useful FLOPs are spent, not after epochs", low=0)
     batch_size: int = of_optim(32, "examples per step", low=1)
-    micro_batch: int = of_optim(0, "examples per forward and backward; 0: the whole batch", low=0,
-                             identity="nothing")
+    micro_batch: int = of_optim(0, "examples per forward; 0: the whole batch", low=0, identity="nothing")
     lr: float = of_optim(1e-3, "peak of the learning rate", above=0)
-    warmup: float = of_optim(0.05, "share of the run in which it rises; then it falls to 0 along a cosine",
-                             low=0, below=1)
+    warmup: float = of_optim(0.05, "share of the run in which it rises, then it falls", low=0, below=1)
     weight_decay: float = of_optim(0.1, "AdamW's, on matrices only", low=0)
     beta1: float = of_optim(0.9, "AdamW's", low=0, below=1)
     beta2: float = of_optim(0.95, "AdamW's", low=0, below=1)
@@ -128,10 +117,12 @@ class Config(ViewOptions):
 
     seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = of_run(
-        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where the processor has "
-                "it natively; tf32: float32 with products of 10 bits, on CUDA")
-    row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one example a row", low=0,
-                       needs="passes=fused")
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is native; tf32: "
+                "products of 10 bits, on CUDA")
+    row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one a row", low=0,
+                          needs="passes=fused")
+    max_new_tokens: int = of_run(0, "longest answer; 0: 1.5 times the longest of train", low=0,
+                                 needs="dataset!=paraphrase")
     attention: Literal["auto", "dense", "flex"] = neutral(
         "auto", "how the fused pass masks; flex: FlexAttention, compiled (auto: there if row_len is set)",
         needs="passes=fused lam|reg_weight|row_len")
@@ -143,8 +134,6 @@ class Config(ViewOptions):
     prefetch: bool = neutral(True, "collate in a thread, ahead of the step, and copy without waiting")
     log_every: int = neutral(10, "steps between two lines of metrics.jsonl", low=1)
     checkpoint_every: int = neutral(0, "steps between two checkpoints; 0: an epoch", low=0)
-    max_new_tokens: int = of_run(0, "longest answer in evaluation; 0: 1.5 times the longest of train", low=0,
-                              needs="dataset!=paraphrase")
     out: str = neutral("", "run folder (default: runs/, named after the dataset and other settings)")
 
 

@@ -1,13 +1,14 @@
-"""How fast, and how far from the hardware: every arm of the method side by side, in one run.
+"""How fast, and how far from the hardware: all variants of the method side by side, in one run.
 
-    python bench.py                                                       preset nano, on what device there is
-    python bench.py --preset llama-3.2-1b --row_len 4096                  as on a GPU: packed rows
-    python bench.py --json bench.json
+    python -m experiments.bench                                           preset nano, on what device there is
+    python -m experiments.bench --preset llama-3.2-1b --row_len 4096      as on a GPU: packed rows
+    python -m experiments.bench --json bench.json
 
-The arms (plain, three passes, fused, fused with loss dropout 0.75) take turns, block by block, over the same
-examples; medians over the blocks, and the smallest and largest beside them. `useful` counts the arithmetic
-that the loss needs (the formula: model.Transformer.flops), and nothing that padding or masked attention adds;
-its share is of `peak`, the fastest matrix product of the same dtype, measured between the blocks.
+The variants (plain, three passes, fused, fused with loss dropout 0.75) take turns, block by block, over the
+same examples; the table has medians over the blocks. `useful` counts the FLOPs that the loss needs
+(model.Transformer.flops) and none that padding or masked attention adds; its share is of the peak, the
+fastest matrix product of the same dtype, measured between the blocks. `loader`: share of the time spent
+waiting for batches.
 """
 import json
 import resource
@@ -15,25 +16,44 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
 
-from batches import Sampler
-from config import Config, model_config
-from data import Views, own_tokenizer, render_prompt, render_views
-from eval import generate, generate_slow
-from support.files import BadInput, Parser, main_guard, write_text
-from jepa_loss import total_loss
+from data import micro_batches, own_tokenizer, render_prompt, render_views
 from model import PRESETS, Transformer
 from support.distributed import DEVICES, pick_device
+from support.files import main_guard, write_text
+from support.generation import generate, generate_slow
+from support.settings import opt, parse_options
+from support.speed import Sampler, forward_dtype, prefetch, set_precision
+from support.tables import markdown
 from support.tokenizer import Tokenizer
 from tasks.datasets import load_dataset
-from train import Step, forward_dtype, make_optimizer, micro_batches, set_precision, step_flops
+from train import Config, backward, checked, compile_step, count_step, make_optimizer, model_config
+from train import weights_of_terms
 
-ARMS = {"plain": dict(lam=0.0), "three passes": dict(passes="three"), "fused": dict(),
-        "fused, alpha 0.75": dict(alpha=0.75)}
+VARIANTS = {"plain": dict(lam=0.0), "three passes": dict(passes="three", row_len=0), "fused": dict(),
+            "fused, alpha 0.75": dict(alpha=0.75)}
+
+
+@dataclass
+class BenchOptions:
+    preset: Literal[tuple(PRESETS)] = opt("nano", "shape of the model")
+    dataset: str = opt("nlrx_synth", "as of train.py")
+    data_dir: str = opt("data", "where the published files are")
+    device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = opt("auto", "as of train.py")
+    compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
+    batch_size: int = opt(32, "examples per step", low=1)
+    row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row", low=0)
+    steps: int = opt(20, "steps per block", low=1)
+    blocks: int = opt(5, "blocks per variant, after one to warm up", low=1)
+    profile: bool = opt(False, "show where the time of the fused variant goes")
+    json: str = opt("", "write all numbers to this file")
 
 
 def synchronize(device: torch.device) -> None:
@@ -42,7 +62,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations per second of the fastest of many square matrix products."""
+    """FLOP/s of the fastest of many square matrix products."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
     best, end = float("inf"), time.perf_counter() + seconds
@@ -54,102 +74,98 @@ def peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> floa
     return 2 * n**3 / best
 
 
-def one_block(arm: Config, step_losses, model: Transformer, optimizer, examples: list[Views],
-              sampler: Sampler, steps: range) -> dict:
-    """These steps as train.py does them: seconds, those of collating alone, and what was done in them."""
-    device, done = model.device, {"seconds": 0.0, "loading": 0.0, "examples": 0, "tokens": 0, "flops": 0}
-    synchronize(device)
+def one_block(c: Config, model: Transformer, optimizer: torch.optim.Optimizer, step_terms: Callable,
+              make: Callable, steps: range) -> dict:
+    """Train these steps; returns their seconds, those of waiting for batches, and what was done in them."""
+    done = {"seconds": 0.0, "loading": 0.0, "examples": 0, "tokens": 0, "flops": 0}
+    weights, batches_of_steps = weights_of_terms(c), prefetch(make, steps)
+    synchronize(model.device)
     began = time.perf_counter()
-    for step in steps:
+    for _ in steps:
         at = time.perf_counter()
-        batches = micro_batches(arm, examples, sampler.indices(step), step)
+        batches = next(batches_of_steps)
         done["loading"] += time.perf_counter() - at
-        done["flops"] += step_flops(model, batches)
-        n_tokens, n_pairs = sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches)
-        for batch in batches:
-            done["examples"] += batch.n_pairs
-            done["tokens"] += batch.n_real
-            total_loss(step_losses(batch.to(device)), n_tokens, n_pairs, arm.lam).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
+        counts, examples, flops = count_step(c, model, batches)
+        done["examples"] += examples
+        done["tokens"] += sum(batch.n_real for batch in batches)
+        done["flops"] += flops
+        backward(step_terms, batches, counts, weights, model.device, wait=False)
+        nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    synchronize(device)
+    synchronize(model.device)
     return done | {"seconds": time.perf_counter() - began}
 
 
-def measure(c: Config, blocks: int, steps: int, profiled: bool = False) -> dict:
+def measure(o: BenchOptions) -> dict:
     """All that the tables show, as numbers."""
+    c = checked(Config(**{f.name: getattr(o, f.name) for f in fields(o) if hasattr(Config, f.name)}))
     device = pick_device(c.device)
-    dtype = forward_dtype(c, device)
+    on_cuda, dtype = device.type == "cuda", forward_dtype(c.dtype, device)
     data = load_dataset(c.dataset, c.data_dir)
     tokenizer = own_tokenizer(data.train, c.vocab_size)
     model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed).to(device)
-    examples = [render_views(e, tokenizer, c.k) for e in data.train]
+    examples = [render_views(e, tokenizer, c) for e in data.train]
     sampler = Sampler([len(v.main) for v in examples], c.batch_size, c.seed)
-    optimizer = make_optimizer(model, c)
-    compiled = c.compile if c.compile is not None else device.type == "cuda"
-    arms = {name: replace(c, **changes) for name, changes in ARMS.items()}
-    modules = {name: Step(model, arm, dtype) for name, arm in arms.items()}
-    if compiled:
-        modules = {name: torch.compile(module, dynamic=True) for name, module in modules.items()}
+    optimizer, run_block, n_steps = make_optimizer(model, c), {}, (o.blocks + 1) * o.steps
+    for name, changes in VARIANTS.items():
+        variant = replace(c, **changes)
+        make = partial(micro_batches, variant, examples.__getitem__, sampler)
+        step_terms, make = compile_step(variant, model, None, dtype, make, n_steps)
+        run_block[name] = partial(one_block, variant, model, optimizer, step_terms, make)
 
     set_precision(dtype)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16} if dtype == "bfloat16" else {
-        dtype: torch.float32}
-    peaks = dict.fromkeys(dtypes, 0.0)
-
-    spans = [range(block * steps, (block + 1) * steps) for block in range(blocks + 1)]
-    blocks_of, memory_of = {name: [] for name in arms}, dict.fromkeys(arms)
-    for span in spans:  # the first warms up
-        peaks = {name: max(rate, peak(device, dtypes[name])) for name, rate in peaks.items()}
-        for name, arm in arms.items():
-            if device.type == "cuda":
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
+    peaks = dict.fromkeys(("float32", dtype) if dtype == "bfloat16" else (dtype,), 0.0)
+    done, memory = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS)
+    for first in range(0, n_steps, o.steps):
+        for name, rate in peaks.items():
+            peaks[name] = max(rate, peak(device, dtypes[name]))
+        for name in VARIANTS:
+            if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
-            blocks_of[name].append(one_block(arm, modules[name], model, optimizer, examples, sampler, span))
-            if device.type == "cuda":
-                memory_of[name] = torch.cuda.max_memory_allocated()
-    results = {name: account(done[1:], peaks[dtype]) | {"memory": memory_of[name]}
-               for name, done in blocks_of.items()}
-    for result in results.values():
-        result["time_to_plain"] = result["seconds_per_example"] / results["plain"]["seconds_per_example"]
-        result["tokens_to_plain"] = result["tokens_per_example"] / results["plain"]["tokens_per_example"]
-    shares = profile(lambda: one_block(c, modules["fused"], model, optimizer, examples, sampler, spans[-1]),
-                     device) if profiled else {}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
-    return {"device": name, "dtype": dtype, "compiled": compiled, "preset": c.preset,
+            done[name].append(run_block[name](range(first, first + o.steps)))
+            memory[name] = torch.cuda.max_memory_allocated() if on_cuda else None
+    variants = {name: rates(blocks[1:], peaks[dtype]) | {"memory": memory[name]}  # the first block warms up
+                for name, blocks in done.items()}
+    plain, rss = variants["plain"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for x in variants.values():
+        x["time_to_plain"] = plain["examples_per_s"] / x["examples_per_s"]
+        x["tokens_to_plain"] = x["tokens_per_example"] / plain["tokens_per_example"]
+    return {"device": torch.cuda.get_device_name() if on_cuda else str(device), "dtype": dtype,
+            "compiled": on_cuda if c.compile is None else c.compile, "preset": c.preset,
             "parameters": model.n_params(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "peak": peaks, "process_memory": memory, "arms": results,
-            "profile": shares, "generation": generation(model, tokenizer, data.test)}
+            "peak": peaks, "variants": variants,
+            "process_memory": rss * (1 if sys.platform == "darwin" else 1024),
+            "profile": profile(partial(run_block["fused"], range(o.steps)), device) if o.profile else {},
+            "generation": generation(model, tokenizer, data.test)}
 
 
-def account(blocks: list[dict], peak_rate: float) -> dict:
-    """Rates of an arm from its blocks: medians."""
-    def rates(of: str) -> list[float]:
-        return sorted(block[of] / block["seconds"] for block in blocks)
-
-    def total(of: str) -> float:
-        return sum(block[of] for block in blocks)
-    rate, useful = statistics.median(rates("examples")), statistics.median(rates("flops"))
-    return {"examples_per_s": rate, "slowest": rates("examples")[0], "fastest": rates("examples")[-1],
-            "seconds_per_example": 1 / rate, "tokens_per_s": statistics.median(rates("tokens")),
-            "tokens_per_example": total("tokens") / total("examples"), "useful_flops": useful,
-            "share_of_peak": useful / peak_rate, "loader": total("loading") / total("seconds")}
+def rates(blocks: list[dict], peak_rate: float) -> dict:
+    """Medians over a variant's blocks."""
+    speeds, flops, tokens = ([block[of] / block["seconds"] for block in blocks]
+                             for of in ("examples", "flops", "tokens"))
+    total = {name: sum(block[name] for block in blocks) for name in blocks[0]}
+    return {"examples_per_s": statistics.median(speeds), "slowest": min(speeds), "fastest": max(speeds),
+            "tokens_per_s": statistics.median(tokens), "useful_flops": statistics.median(flops),
+            "share_of_peak": statistics.median(flops) / peak_rate,
+            "tokens_per_example": total["tokens"] / total["examples"],
+            "loader": total["loading"] / total["seconds"]}
 
 
 def profile(run: Callable, device: torch.device, top: int = 12) -> dict[str, float]:
     """Share of the time that each of the most expensive operators takes while run() runs."""
-    on_device = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_device else torch.profiler.ProfilerActivity.CPU
+    on_cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as recorded:
         run()
-    times = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total
+    times = {event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total
              for event in recorded.key_averages()}
     return {name: times[name] / sum(times.values()) for name in sorted(times, key=times.get)[:-top - 1:-1]}
 
 
 def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
-    """Test items per second with the cache and, on every hundredth, without: each answer as long as its
+    """Test items per second with the cache and, on every hundredth, without. Each answer is as long as its
     target, as those of a trained model are."""
     prompts = [render_prompt(example, tokenizer) for example in test]
     limits = [len(tokenizer.encode(example.code)) + 1 for example in test]
@@ -164,50 +180,29 @@ def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
 
 
 def report(r: dict) -> str:
+    """All of it as text."""
     peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in r["peak"].items())
-    lines = [f"{r['preset']}, {r['parameters']:,} parameters, {r['dtype']}{', compiled' * r['compiled']}, on "
-             f"{r['device']} ({r['threads']} threads), torch {r['torch']}",
-             f"matrix products: {peaks}; process memory {r['process_memory'] / 2**30:.2f} GiB", "",
-             "| arm | examples/s (min to max) | tokens/s | useful GFLOP/s | of peak | time / plain "
-             "| tokens / plain | loader | memory |", "|---|---|---|---|---|---|---|---|---|"]
-    for name, a in r["arms"].items():
-        memory = f"{a['memory'] / 2**30:.2f} GiB" if a["memory"] else "-"
-        rate = f"{a['examples_per_s']:.0f} ({a['slowest']:.0f} to {a['fastest']:.0f})"
-        lines.append(f"| {name} | {rate} | {a['tokens_per_s']:,.0f} | {a['useful_flops'] / 1e9:,.0f} "
-                     f"| {a['share_of_peak']:.1%} | {a['time_to_plain']:.3f} | {a['tokens_to_plain']:.3f} "
-                     f"| {a['loader']:.1%} | {memory} |")
-    if r["profile"]:
-        lines += ["", "time of the fused arm: " + ", ".join(f"{name} {share:.1%}" for name, share in
-                                                              r["profile"].items())]
-    g = r["generation"]
-    return "\n".join([*lines, "", f"generation of {g['items']:,} test answers: {g['seconds']:.1f} s, "
-                                  f"{g['cached']:.1f} items/s with the cache, {g['uncached']:.1f} without"])
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in r["profile"].items())
+    rows = [("variant", "examples/s (min to max)", "tokens/s", "useful GFLOP/s", "of peak", "time / plain",
+             "tokens / plain", "loader", "memory")]
+    rows += [(name, f"{x['examples_per_s']:.0f} ({x['slowest']:.0f} to {x['fastest']:.0f})",
+              f"{x['tokens_per_s']:,.0f}", f"{x['useful_flops'] / 1e9:,.0f}", f"{x['share_of_peak']:.1%}",
+              f"{x['time_to_plain']:.3f}", f"{x['tokens_to_plain']:.3f}", f"{x['loader']:.1%}",
+              f"{x['memory'] / 2**30:.2f} GiB" if x["memory"] else "-") for name, x in r["variants"].items()]
+    return (f"{r['preset']}, {r['parameters']:,} parameters, {r['dtype']}{', compiled' * r['compiled']}, on "
+            f"{r['device']} ({r['threads']} threads), torch {r['torch']}\n"
+            f"matrix products: {peaks}; process memory {r['process_memory'] / 2**30:.2f} GiB\n\n"
+            f"{markdown(rows)}\n\n" + (f"time of the fused variant: {shares}\n\n" if shares else "")
+            + "generation of {items:,} test answers: {seconds:.1f} s, {cached:.1f} items/s with the cache, "
+              "{uncached:.1f} without".format(**r["generation"]))
 
 
 def main() -> None:
-    parser = Parser(description="Plain, three passes, fused, fused with loss dropout: side by side.")
-    parser.add_argument("--preset", choices=PRESETS, default="nano")
-    parser.add_argument("--dataset", default="nlrx_synth")
-    parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "tf32", "bfloat16"), default="auto")
-    parser.add_argument("--compile", action="store_true", default=None, help="(default: on CUDA only)")
-    parser.add_argument("--batch_size", type=int, default=32, help="examples per step")
-    parser.add_argument("--row_len", type=int, default=0, help="pack into rows of so many tokens; 0: no")
-    parser.add_argument("--steps", type=int, default=20, help="steps per block")
-    parser.add_argument("--blocks", type=int, default=5, help="blocks per arm, after one to warm up")
-    parser.add_argument("--profile", action="store_true", help="where the time of the fused arm goes")
-    parser.add_argument("--json", help="write all numbers to this file")
-    args = vars(parser.parse_args())
-    blocks, steps, path, profiled = (args.pop(name) for name in ("blocks", "steps", "json", "profile"))
-    if min(blocks, steps, args["batch_size"]) < 1 or args["row_len"] < 0:
-        raise BadInput("--blocks, --steps and --batch_size must be at least 1, --row_len 0 or more")
-    if args["dtype"] == "tf32" and pick_device(args["device"]).type != "cuda":
-        raise BadInput("--dtype tf32 needs CUDA")
-    result = measure(Config(**args), blocks, steps, profiled)
+    o = parse_options(BenchOptions, description=__doc__)
+    result = measure(o)
     print(report(result))
-    if path:
-        write_text(path, json.dumps(result, indent=2) + "\n")
+    if o.json:
+        write_text(o.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

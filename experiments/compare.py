@@ -1,81 +1,132 @@
-"""Tables of scores; and many runs side by side, from the eval.json of each: `python eval.py RUN RUN ...`.
+"""Runs side by side, from the eval.json of each:
 
-Runs that differ in nothing but the seed are one arm: mean and standard deviation over its seeds. An arm with
-a JEPA loss is held against the arm without one (lam = 0) that shares its other settings, on the seeds that
-both have: the mean difference, and a 95 % interval for other seeds and other test items (for other items
-alone, where there is but one seed).
+    python -m experiments.compare RUN RUN ...
+    python -m experiments.compare RUN RUN ... --against RUN    differences from the variant of this run
+    python -m experiments.compare RUN RUN ... --narrow         the most important columns only
+
+Runs that differ in nothing but the seed are one variant: mean ± standard deviation over its seeds. The
+baseline of a variant is the plain one (next-token loss alone) that shares its other settings. On the seeds
+that both have, the table shows the mean difference and its 95 % interval for other seeds and other test items
+(with one seed: for other items alone). A difference is significant if the interval excludes 0.
 """
 import json
 import math
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from support.files import BadInput, read_json
-from support.runs import verify
+import train
+from support.files import BadInput, main_guard, read_json, write_text
+from support.settings import fill, in_group, opt, parse_options, with_identity
+from support.tables import COLUMNS, SHARES, from_hex, markdown, shown
 
-JEPA = ("lam", "view2", "objective", "k", "distance", "temperature", "stop_gradient", "passes", "alpha",
-        "pred_first", "reverse", "match_flops")
-LENGTH = ("epochs", "max_steps")  # without a say where --match_flops is given
-# what may differ within an arm
-WITHIN = ("seed", "device", "compile", "log_every", "checkpoint_every", "prefetch", "grad_checkpointing")
+SHOWN, COST = (*COLUMNS, "cos_gap"), ("examples", "flops", "seconds")
+NARROW = ("exact", "dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
+LENGTH = [f.name for f in fields(train.Config) if "!max_flops" in f.metadata["needs"]]  # epochs, max_steps
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
-SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
-COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
-COLUMNS = (*SHARES, "ntp", *COLLAPSE, *(f"{name}_centred" for name in COLLAPSE), "rank_text", "spread_text",
-           "spread_enc", "rank_difference", "linear_error", "linear_error_shuffled")
 
 
-def markdown(rows: list[tuple]) -> str:
-    """A table of strings, the first row its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+@dataclass
+class CompareOptions:
+    runs: list[str] = opt((), "run folders, or folders with the eval.json of one")
+    against: str = opt("", "one of the runs; its variant is the baseline of all others")
+    narrow: bool = opt(False, "the most important columns only")
+    json: str = opt("", "write all numbers to this file")
 
 
-def shown(column: str, value: float) -> str:
-    """Shares in percent, the rest as it is."""
-    if column in SHARES or column.startswith("retrieval"):
-        return f"{100 * value:.2f}"
-    return str(value) if column == "n" else f"{value:.2f}" if column.startswith("rank") else f"{value:.4f}"
+@dataclass
+class Variant:
+    settings: dict
+    seeds: dict[int, dict]  # seed -> what eval.json holds
+    name: str = ""
 
-
-def brief(result: dict) -> str:
-    """Accuracy, next-token loss and cosines in one line."""
-    parts = [f"{name} {result[name]:.1%}" for name in ("exact", "correct", "stopped") if name in result]
-    if "ntp" in result:
-        parts.append(f"ntp {result['ntp']:.4f}")
-    if "cos_paired" in result:
-        parts.append(f"cosine {result['cos_paired']:.3f} (shuffled pairs {result['cos_shuffled']:.3f})")
-    return ", ".join(parts)
-
-
-def table(results: dict[str, dict]) -> str:
-    """Markdown: a row per model. A column that none has is left out."""
-    columns = [c for c in (*COLUMNS, "n") if any(r.get(c) is not None for r in results.values())]
-    return markdown([("model", *columns), *(
-        (name, *("-" if r.get(c) is None else shown(c, r[c]) for c in columns))
-        for name, r in results.items())])
-
-
-def from_hex(text: str, n: int) -> np.ndarray:
-    """(n,) verdicts, 0 or 1; see eval.to_hex."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n]
+    def is_plain(self) -> bool:
+        return [*train.weights_of_terms(SimpleNamespace(**self.settings))] == ["ntp"]
 
 
 def read_result(folder: str | Path) -> dict:
+    """What eval.json holds, with all of today's settings, and with shares counted from the items' verdicts.
+    BadInput if it is damaged."""
     path = Path(folder) / "eval.json"
     result = read_json(path)
-    if (Path(folder) / "run.json").exists():
-        verify(folder)
-    try:  # can it be shown alone, and paired?
-        comparison(compare({str(folder): result}))
-        if any(len(from_hex(text, result["n"])) != result["n"] for text in result.get("items", {}).values()):
+    try:
+        n, config = result["n"], result["config"]
+        verdicts = {name: from_hex(text, n) for name, text in result.get("items", {}).items()}
+        result |= {name: float(x.mean()) for name, x in verdicts.items() if name in SHARES}
+        numbers = [result["trained"][name] for name in COST]
+        numbers += [result[name] for name in SHOWN if result.get(name) is not None]
+        if not (type(n) is type(config["seed"]) is int and all(len(x) == n > 0 for x in verdicts.values())
+                and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)
+                and {"files", "init", "test", "dtype"} <= result.keys()):
             raise ValueError
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        raise BadInput(f"{path}: not a run's, damaged, or an older version's; train it again") from None
-    return result
+        config = fill(train.Config, config, train.FORMER)
+        train.weights_of_terms(SimpleNamespace(**config))  # is_plain will ask for them
+        return result | {"config": config}
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise BadInput(f"{path}: damaged, or not written by this program's train.py") from None
+
+
+def settings_of(result: dict) -> dict:
+    """What makes the variant: all settings but the seed and those that change no result. A base model counts
+    by its files; if it is a run, by the name of that run."""
+    config = train.FORMER | result["config"]
+    if config.pop("objective") == "stp":  # this and the next two: of older runs
+        config |= {"lam": 0.0, "stp": config["lam"]}
+    if config.pop("stop_gradient"):
+        config["target"] = "stopgrad"
+    if config.pop("match_flops"):  # it names a run, which has a seed of its own
+        config["max_flops"] = "matched"
+    left_out = {"seed", *with_identity(train.Config, "nothing"), *with_identity(train.Config, "content")}
+    left_out |= set(LENGTH if config["max_flops"] else ())
+    settings = {"lam": config["lam"]} | {name: x for name, x in config.items() if name not in left_out}
+    base = result.get("init_run") or str(result["init"])
+    return settings | {"dtype": result["dtype"], "init_from": base}
+
+
+def variants_of(results: dict[str, dict]) -> list[Variant]:
+    """The plain ones first. BadInput if the runs saw different data, or if two are the same."""
+    def data(r: dict) -> tuple:
+        return (r["test"], r["n"], sorted(r.get("items", {})), r["files"], r["config"]["n_train"],
+                r["config"]["eval_split"])
+
+    variants, first = {}, next(iter(results))
+    for folder, result in results.items():
+        if data(result) != data(results[first]):
+            raise BadInput(f"{folder} and {first}: trained or scored on different data; compare them apart")
+        settings, seed = settings_of(result), result["config"]["seed"]
+        variant = variants.setdefault(json.dumps(settings, sort_keys=True), Variant(settings, {}))
+        if seed in variant.seeds:
+            raise BadInput(f"{folder}: seed {seed} of these settings is there twice")
+        variant.seeds[seed] = result
+    for variant in variants.values():
+        variant.name = name_among(list(variants.values()), variant)
+    return sorted(variants.values(), key=lambda variant: not variant.is_plain())
+
+
+def name_among(variants: list[Variant], variant: Variant) -> str:
+    """The settings that differ. Those that more than two thirds of the variants share are omitted, unless
+    nothing else is left."""
+    share = {name: np.mean([other.settings[name] == value for other in variants if name in other.settings])
+             for name, value in variant.settings.items()}
+    differing = [name for name in share if share[name] < 1]
+    rare = [name for name in differing if share[name] <= 2 / 3]
+    values = variant.settings | {"init_from": next(iter(variant.seeds.values()))["config"]["init_from"]}
+    return ", ".join(f"{name} {values[name]}" for name in rare or differing) or "all"
+
+
+def baseline_of(variant: Variant, variants: list[Variant]) -> Variant | None:
+    """The plain variant that shares all settings but those of the objective. If there is none and one of the
+    two has a FLOP budget, the length of training may differ, too. None if several would do."""
+    def plain(ignored: set[str]) -> list[Variant]:
+        return [v for v in variants if v.is_plain() and all(
+            v.settings.get(name) == x for name, x in variant.settings.items() if name not in ignored)]
+
+    objective = {*in_group(train.Config, "objective"), *train.FORMER}
+    found = plain(objective) or [v for v in plain(objective | {"max_flops", *LENGTH})
+                                 if v.settings["max_flops"] or variant.settings["max_flops"]]
+    return found[0] if len(found) == 1 and not variant.is_plain() else None
 
 
 def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
@@ -84,7 +135,7 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 
     Two errors add up: that of the seeds, from the spread of their S means, with Student's quantile; and that
     of the items, from the spread of their N means, less the noise of single verdicts, which is in the first
-    error already. tests/test_report.py counts how often the interval holds the truth (95 %), and how often
+    error already. tests/test_compare.py counts how often the interval holds the truth (95 %), and how often
     that of a bootstrap over seeds and items would: too rarely where few seeds differ, too often where not.
     """
     difference = a.astype(float) - b
@@ -102,120 +153,81 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     return float(mean), float(mean - half), float(mean + half)
 
 
-def settings(result: dict) -> dict:
-    """What makes the arm. match_flops names a run, and so a seed: what counts is whether it is given. A base
-    model is what its files are, or, if it is a run, one of any seed."""
-    unsaid = WITHIN + (LENGTH if result["config"]["match_flops"] else ())
-    config = {name: value for name, value in result["config"].items() if name not in unsaid}
-    return config | {"match_flops": bool(config["match_flops"]), "dtype": result["dtype"],
-                     "init": [] if result.get("init_run") else result["init"]}
+def subtract(ours: Variant, theirs: Variant) -> dict[str, dict]:
+    """For each kind of verdict, ours minus theirs on the seeds that both have."""
+    common, found = [seed for seed in ours.seeds if seed in theirs.seeds], {}
+    for column in ours.seeds[common[0]].get("items", {}) if common else ():
+        a, b = (np.stack([from_hex(v.seeds[seed]["items"][column], v.seeds[seed]["n"]) for seed in common])
+                for v in (ours, theirs))
+        mean, low, high = paired_interval(a, b)
+        found[column] = {"mean": mean, "low": low, "high": high, "identical": bool((a == b).all()),
+                         "seeds": common}
+    return found
 
 
-def without(arm: dict, names: tuple[str, ...]) -> dict:
-    return {name: value for name, value in arm["settings"].items() if name not in names}
+def mean_and_std(values: list[float]) -> list[float]:
+    """Of one value, the mean alone."""
+    return [float(np.mean(values)), *([float(np.std(values, ddof=1))] if len(values) > 1 else [])]
 
 
-def arms_of(results: dict[str, dict]) -> list[dict]:
-    """One entry an arm: its settings, the results of its seeds, and its name: what sets it apart, less what
-    more than two thirds of the arms share (the arm that has nothing else is named in full). BadInput if the
-    runs saw different data, or if two are the same."""
-    first, arms = next(iter(results)), {}
-    for folder, result in results.items():
-        for what, same in (
-                ("test set", lambda r: (r["test"], r["n"], sorted(r.get("items", {})))),
-                ("training data", lambda r: (r["files"], *(
-                    r["config"].get(name) for name in ("dataset", "n_train", "eval_split"))))):
-            if same(result) != same(results[first]):
-                raise BadInput(f"{folder} and {first}: not the same {what}; compare them apart")
-        of_arm = settings(result)
-        arm = arms.setdefault(json.dumps(of_arm, sort_keys=True), {"settings": of_arm, "seeds": {}})
-        seed = result["config"]["seed"]
-        if seed in arm["seeds"]:
-            raise BadInput(f"{folder}: seed {seed} of these settings is there twice")
-        arm["seeds"][seed] = result
-    for arm in arms.values():
-        shares = {name: np.mean([other["settings"].get(name, value) == value for other in arms.values()])
-                  for name, value in arm["settings"].items() if name != "init"}
-        apart = [name for name, share in shares.items() if share < 1]
-        rare = [name for name in apart if shares[name] <= 2 / 3]
-        arm["name"] = ", ".join(f"{name} {arm['settings'][name]}" for name in rare or apart) or "all"
-    return sorted(arms.values(), key=lambda arm: bool(arm["settings"]["lam"]))  # the baselines first
-
-
-def baseline(arm: dict, arms: list[dict]) -> dict | None:
-    """The arm without a JEPA loss that shares the other settings; if there is none, one of equal operations.
-    Of two that --match_flops sets apart, LENGTH may differ. None, too, where several would do."""
-    for matched in (False, True):
-        apart = JEPA + (LENGTH if matched or arm["settings"]["match_flops"] else ())
-        found = [other for other in arms if without(other, apart) == without(arm, apart)
-                 and other["settings"]["match_flops"] == matched and not other["settings"]["lam"]]
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
-
-
-def compare(results: dict[str, dict], against: str | None = None) -> list[dict]:
-    """What the table shows, an entry an arm; results: what the eval.json of each folder holds; against: the
-    folder whose arm all others are held against, if not each against its own baseline."""
+def compare(results: dict[str, dict], against: str = "") -> list[dict]:
+    """A row per variant. results: folder -> what `read_result` returns; against: the folder whose variant is
+    the baseline of all others."""
     if against and against not in results:
         raise BadInput(f"--against {against}: not one of the runs")
-    arms, rows = arms_of(results), []
-    chosen = next((arm for arm in arms if against and results[against] in arm["seeds"].values()), None)
-    for arm in arms:
-        runs = list(arm["seeds"].values())
-        row = {"arm": arm["name"], "settings": arm["settings"], "seeds": list(arm["seeds"]), "columns": {},
-               "n": runs[0]["n"], "against": None, "minus": {}}
-        for column in COLUMNS:
-            values = [run[column] for run in runs if run.get(column) is not None]
-            if values:
-                std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-                row["columns"][column] = {"mean": float(np.mean(values)), "std": std}
-        for name in ("examples", "flops", "seconds"):
-            row[name] = float(np.mean([run["trained"][name] for run in runs]))
-        other = chosen or (baseline(arm, arms) if arm["settings"]["lam"] else None)
-        other = None if other is arm else other
-        row["against"] = other and other["name"]
-        common = [seed for seed in arm["seeds"] if other and seed in other["seeds"]]
-        for column in runs[0].get("items", {}) if common else ():
-            a, b = (np.stack([from_hex(of["seeds"][seed]["items"][column], row["n"]) for seed in common])
-                    for of in (arm, other))
-            mean, low, high = paired_interval(a, b)
-            row["minus"][column] = {"mean": mean, "low": low, "high": high, "seeds": common}
-        rows.append(row)
+    variants, rows = variants_of(results), []
+    chosen = next((v for v in variants if against and results[against] in v.seeds.values()), None)
+    for variant in variants:
+        runs, baseline = list(variant.seeds.values()), chosen or baseline_of(variant, variants)
+        baseline = None if baseline is variant else baseline
+        columns = {c: [run[c] for run in runs if run.get(c) is not None] for c in SHOWN}
+        rows.append({"variant": variant.name, "settings": variant.settings, "seeds": list(variant.seeds),
+                     "columns": {c: mean_and_std(values) for c, values in columns.items() if values},
+                     **{c: mean_and_std([run["trained"][c] for run in runs])[0] for c in COST},
+                     "against": baseline and baseline.name,
+                     "minus": subtract(variant, baseline) if baseline else {}})
     return rows
 
 
-def caption(results: dict[str, dict], rows: list[dict], against: str | None = None) -> str:
-    """What the table of `compare` is of, in a line."""
-    result = next(iter(results.values()))
-    single = any(len(minus["seeds"]) == 1 for row in rows for minus in row["minus"].values())
-    c = result["config"]
-    return f"{c['dataset']}, {c['eval_split']}, {result['n']:,} items" + (
-        f"; baseline: the arm of {against}" if against else "") + (
-        "; one seed: the interval is for other items alone" if single else "")
+def difference(row: dict, column: str) -> str:
+    """In points, with its interval."""
+    if column not in row["minus"]:
+        return "-"
+    d = row["minus"][column]
+    of = f" ({len(d['seeds'])} seeds)" if len(d["seeds"]) < len(row["seeds"]) else ""
+    interval = f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
+    return ("identical" if d["identical"] else interval) + of
 
 
-def comparison(rows: list[dict], baseline: str = "plain") -> str:
-    """Markdown: a row per arm; baseline: what to call the arm that is subtracted."""
-    columns = [column for column in COLUMNS if any(column in row["columns"] for row in rows)]
-    against = [column for column in ("exact", "prefix", "dfa_equal", "correct")
-               if any(column in row["minus"] for row in rows)]
+def comparison(results: dict[str, dict], against: str = "", narrow: bool = False) -> str:
+    """A line that says what is compared, and a Markdown table of `compare`."""
+    rows, (first, *_) = compare(results, against), results.values()
+    caption = f"{first['config']['dataset']}, {first['config']['eval_split']}, {first['n']:,} items"
+    caption += f"; baseline: the variant of {against}" if against else ""
+    if any(len(d["seeds"]) == 1 for row in rows for d in row["minus"].values()):
+        caption += "; one seed: the interval is for other items alone"
+    columns = [c for c in (NARROW if narrow else COLUMNS) if any(c in row["columns"] for row in rows)]
+    minus = [c for c in (("exact", "correct") if narrow else ("exact", "prefix", "dfa_equal", "correct"))
+             if any(c in row["minus"] for row in rows)]
+    lines = [["variant", "seeds", *columns, *(f"{c} - {'baseline' if against else 'plain'}" for c in minus)]]
+    for row in rows:
+        means = (" ± ".join(shown(c, x) for x in row["columns"].get(c, ())) or "-" for c in columns)
+        lines.append([row["variant"], str(len(row["seeds"])), *means, *(difference(row, c) for c in minus)])
+        if not narrow:
+            lines[-1] += [f"{row['examples']:,.0f}", f"{row['flops'] / 1e15:.3g}"]
+    lines[0] += [] if narrow else ["examples", "PFLOP"]
+    return f"{caption}\n\n{markdown(lines)}"
 
-    def cell(row: dict, column: str) -> str:
-        value = row["columns"].get(column)
-        if value is None:
-            return "-"
-        spread = "" if value["std"] is None else f" ± {shown(column, value['std'])}"
-        return shown(column, value["mean"]) + spread
 
-    def difference(row: dict, column: str) -> str:
-        d = row["minus"].get(column)
-        if d is None:
-            return "-"
-        fewer = f" ({len(d['seeds'])} seeds)" if len(d["seeds"]) < len(row["seeds"]) else ""
-        return f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]{fewer}"
-    head = ("arm", "seeds", *columns, *(f"{column} - {baseline}" for column in against), "examples", "PFLOP")
-    return markdown([head, *((
-        row["arm"], str(len(row["seeds"])), *(cell(row, column) for column in columns),
-        *(difference(row, column) for column in against), f"{row['examples']:,.0f}",
-        f"{row['flops'] / 1e15:.3g}") for row in rows)])
+def main() -> None:
+    o = parse_options(CompareOptions, description=__doc__, positional=("runs",))
+    results = {str(Path(folder)): read_result(folder) for folder in o.runs}
+    against = o.against and str(Path(o.against))
+    print(comparison(results, against, o.narrow))
+    if o.json:
+        write_text(o.json, json.dumps(compare(results, against), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main()

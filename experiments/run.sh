@@ -1,28 +1,47 @@
 #!/usr/bin/env bash
-# Every run behind RESULTS.md, two at a time, a thread each:
+# Every run behind RESULTS.md, two at a time, with one thread each:
 #
 #     bash experiments/run.sh DATA_DIR [SECTION ...]
+#     bash experiments/run.sh DATA_DIR list      print SECTION NAME FLAGS of each run
+#     bash experiments/run.sh DATA_DIR tables    write results/tables from the results that are there
 #
-# Stop it and start it again at will: finished runs are skipped, others go on from their last checkpoint. Runs lie
-# in runs/results/SECTION/NAME; the eval.json of each is copied to results/SECTION/NAME.
+# It can be stopped and started again: finished runs are skipped, others go on from their last checkpoint. Runs are
+# in runs/results/SECTION/NAME; the eval.json of each is copied to experiments/results/SECTION/NAME.
 set -euo pipefail
 data=$(realpath "$1")
 shift
 cd "$(dirname "$0")/.."
 wanted=" $* "  # none: all
+views=runs/results/turk_views.jsonl
 seeds="82 23 37 84 4"
 valid="--eval_split valid --compile --seed 82"
 turk="--dataset nlrx_turk --epochs 8"
 small="--n_train 1000 --epochs 32"
 objectives="cosine
-stop_gradient --stop_gradient
+stop_gradient --target stopgrad
 infonce --distance infonce
 mse --distance mse
 lam0.1 --lam 0.1
 alpha0.75 --alpha 0.75
-stp --objective stp
+stp --lam 0 --stp 1
 infonce0.1 --distance infonce --lam 0.1
-stp0.02 --objective stp --lam 0.02"
+stp0.02 --lam 0 --stp 0.02"
+seams="plain --lam 0
+cosine
+vicreg0.1 --reg vicreg --reg_weight 0.1
+vicreg1 --reg vicreg --reg_weight 1
+sigreg1 --reg sigreg --reg_weight 1
+sigreg10 --reg sigreg --reg_weight 10
+vicreg0.1-alone --lam 0 --reg vicreg --reg_weight 0.1
+vicreg1-alone --lam 0 --reg vicreg --reg_weight 1
+sigreg1-alone --lam 0 --reg sigreg --reg_weight 1
+sigreg10-alone --lam 0 --reg sigreg --reg_weight 10
+ema --target ema
+linear --predictor linear
+ema-linear --target ema --predictor linear
+mean --pool mean
+lam_warmup --lam_warmup 0.5
+vicreg0.1-ema-linear --reg vicreg --reg_weight 0.1 --target ema --predictor linear"
 
 run() {  # SECTION NAME FLAGS
     kept=experiments/results/$1/$2/eval.json
@@ -37,6 +56,10 @@ run() {  # SECTION NAME FLAGS
     }
     mkdir -p "$(dirname "$kept")"
     cp "$folder/eval.json" "$kept"
+}
+
+flops() {  # SECTION/NAME: what this run took
+    python -c "import json; print(json.load(open('experiments/results/$1/eval.json'))['trained']['flops'])"
 }
 
 list() {  # what to run, a line each: SECTION NAME FLAGS
@@ -67,21 +90,28 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
         echo search_turk $name $turk $flags $valid
         echo search_small $name $small $flags $valid
     done <<< "$objectives"
-    # search_turk/view2 and view2-infonce0.1: as cosine and infonce0.1, but the code view is SYNTH's text for the same
-    # regex (the two corpora are aligned line by line). A flag of earlier versions, --view2, made them
+    # what the field uses against collapse, alone and with the cosine
+    while read -r name flags; do
+        echo seams_synth $name --epochs 4 $flags $valid
+        echo seams_turk $name $turk $flags $valid
+    done <<< "$seams"
+    # JEPA between two texts of one regex. The committed runs had the flag --view2 of an older version; with a file
+    # of their own they can only be compared with a plain run on it (--lam 0)
+    echo search_turk view2 --dataset $views --epochs 8 $valid
+    echo search_turk view2-infonce0.1 --dataset $views --epochs 8 --distance infonce --lam 0.1 $valid
     for seed in $seeds; do
         echo turk plain-$seed $turk --lam 0 --compile --seed $seed
         echo turk jepa-$seed $turk --compile --seed $seed
-        for arm in plain jepa; do
-            echo transfer $arm-$seed --init_from runs/results/stopping/$arm-train_eos-$seed $turk --lr 1e-3 \
+        for variant in plain jepa; do
+            echo transfer $variant-$seed --init_from runs/results/stopping/$variant-train_eos-$seed $turk --lr 1e-3 \
                 --batch_size 32 --lam 0 --compile --seed $seed
         done
-        budget="--match_flops runs/results/stopping/jepa-train_eos-$seed"
-        echo equal plain-$seed --lam 0 $budget --compile --seed $seed
-        echo equal alpha0.75-$seed --alpha 0.75 $budget --compile --seed $seed
+        budget="--max_flops \$(flops stopping/jepa-train_eos-$seed)"  # read when the run starts
+        echo equal plain-$seed --lam 0 "$budget" --compile --seed $seed
+        echo equal alpha0.75-$seed --alpha 0.75 "$budget" --compile --seed $seed
     done
-    # of the searches: alone above plain training in all three. On test
-    stp="--objective stp --lam 0.02"
+    # of the searches, the one that is above plain training in all three; on test
+    stp="--lam 0 --stp 0.02"
     for seed in $seeds; do
         echo chosen turk-$seed $turk $stp --compile --seed $seed
         echo chosen synth-$seed --epochs 4 $stp --compile --seed $seed
@@ -92,8 +122,38 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     done
 }
 
-export -f run
+write_views() {  # the pairs of TURK; the view to predict is SYNTH's text of the same line, which has the same regex
+    mkdir -p "$(dirname $views)"
+    python - "$data/turk_train.jsonl" "$data/synth_train.jsonl" > $views <<'END'
+import json
+import sys
+
+for turk, synth in zip(*map(open, sys.argv[1:]), strict=True):
+    (text,) = (turn["content"] for turn in json.loads(synth)["messages"] if turn["role"] == "user")
+    print(json.dumps(json.loads(turk) | {"code_view": text}))
+END
+}
+
+tables() {  # each table of RESULTS.md with all its columns
+    last=
+    mkdir -p experiments/results/tables
+    grep "^python -m experiments.compare" experiments/RESULTS.md | while read -r command; do
+        section=${command#*results/}
+        section=${section%%/*}
+        wide=${command% --narrow}
+        [ "$section" = "$last" ] || : > "experiments/results/tables/$section.md"
+        printf '```bash\n%s\n```\n\n%s\n\n' "$wide" "$(eval "$wide")" >> "experiments/results/tables/$section.md"
+        last=$section
+    done
+}
+
+case $wanted in
+    " list ") list; exit ;;
+    " tables ") tables; exit ;;
+esac
+write_views
+export -f run flops
 export data
 list | while read -r section rest; do
     case $wanted in "  " | *" $section "*) echo "$section $rest" ;; esac
-done | xargs -P 2 -I {} bash -c 'run $1' _ {}
+done | xargs -P 2 -I {} bash -c 'eval "run $1"' _ {}

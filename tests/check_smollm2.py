@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import render_prompt, render_views  # noqa: E402
-from eval import generate  # noqa: E402
+from support.generation import generate  # noqa: E402
 from model import Transformer  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 from tasks.datasets import read_jsonl  # noqa: E402

@@ -3,10 +3,9 @@
     reply = run("train", argv)          returncode, stdout, stderr, as of subprocess.run
     job = start("train", argv, env=...) and later job.wait()
 
-A server, one per process of pytest, has imported everything; for each job it forks a child. A line of its stdin
-is {"start": job} or {"wait": pid}; a line of its stdout is the child's pid or its status (-signal where one
-killed it).
-"""
+A server, one per process of pytest, has imported everything; for each job it forks a child. A line of its
+stdin is {"start": job} or {"wait": pid}; a line of its stdout is the child's pid or its status (-signal where
+one killed it). """
 import atexit
 import ctypes
 import functools
@@ -54,8 +53,8 @@ class Job:
 
 
 def start(program: str, argv: list, **options) -> Job:
-    """options: cwd; env, to be added; ignore, signals; max_file, bytes; full, (folder, n): no write call succeeds
-    in it from the n-th on; published, more of tasks.datasets.PUBLISHED."""
+    """options: cwd; env, to be added; ignore, signals; max_file, bytes; full, (folder, n): no write call
+    succeeds in it from the n-th on; published, more of tasks.datasets.PUBLISHED."""
     folder = Path(tempfile.mkdtemp(dir=server().folder))
     job = {"program": program, "argv": list(map(str, argv)), "folder": str(folder), **options}
     return Job(server().ask({"start": job}), folder)

@@ -1,15 +1,16 @@
-"""bench.py: the count of useful operations against torch's counter and the mask, and a whole small run."""
+"""experiments/bench.py: the FLOPs that it counts, against torch's counter and the mask; and a small run."""
 import json
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import bench
 import model as model_module
-from batches import collate_fused, collate_three
-from data import render_views
+from data import ViewOptions, collate_fused, collate_three, render_views
+from experiments import bench
 from jepa_loss import dense_mask, fused, total_loss
+from support.files import BadInput
+from support.lora import add_lora
 from tasks import datasets
 
 
@@ -19,14 +20,13 @@ def test_flops_equal_torch_s_count(tiny, tokenizer, examples, monkeypatch, lora_
     we count as parameters, are no products: 1 %; and with adapters the first block's input needs no
     gradient.)"""
     monkeypatch.setattr(model_module, "attend", model_module.attend_by_hand)
-    model, views = tiny(0, n_layers=8), render_views(examples[1], tokenizer, 0)
+    model, views = tiny(0, n_layers=8), render_views(examples[1], tokenizer, ViewOptions(k=0))
     if lora_rank:
-        model.add_lora(lora_rank, 0.0, seed=0)
+        add_lora(model, lora_rank, 0.0, 0)
         model.double()
     T = len(views.main)
     with FlopCounterMode(display=False) as counter:
-        losses = fused(model, collate_fused([views], [False]))
-        total_loss(losses, losses.n_tokens, 1, 0.0).backward()
+        total_loss(fused(model, collate_fused([views], [False])), {"ntp": T - 1}, {"ntp": 1.0}).backward()
     ours = model.flops(T, T * T, T - 1)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.03 if lora_rank else 0.01)
 
@@ -34,7 +34,7 @@ def test_flops_equal_torch_s_count(tiny, tokenizer, examples, monkeypatch, lora_
 @pytest.mark.parametrize("row_len", [0, 90])
 def test_what_a_batch_counts(tokenizer, examples, row_len):
     """Real tokens and visible pairs are those of ids and mask without the pads, some views dropped."""
-    views = [render_views(e, tokenizer, 2) for e in examples]
+    views = [render_views(e, tokenizer, ViewOptions(k=2)) for e in examples]
     keep = [True, False, True, True, False]
     batch, one_each = collate_fused(views, keep, row_len), [
         collate_fused([v], [kept], row_len=1) for v, kept in zip(views, keep, strict=True)]  # no pads
@@ -51,20 +51,32 @@ def test_a_small_bench(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.generated_files, "__defaults__", (60, 10))
     pairs = [(f"lines with {i}", f"[0-9]{i}") for i in range(70)]
     monkeypatch.setattr(datasets.nlrx, "generate", lambda n, seed: pairs)
-    monkeypatch.setattr("sys.argv", ["bench.py", "--data_dir", str(tmp_path), "--device", "cpu",
-                                     "--blocks", "2", "--profile", "--batch_size", "4", "--steps", "1",
-                                     "--json", str(tmp_path / "b.json")])
+    monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr("sys.argv", [
+        "bench", "--data_dir", str(tmp_path), "--device", "cpu", "--blocks", "2", "--profile", "--batch_size",
+        "4", "--steps", "1", "--row_len", "64", "--json", str(tmp_path / "b.json")])
     bench.main()
     out = capsys.readouterr().out
-    assert "| fused, alpha 0.75 |" in out and "\ntime of the fused arm: " in out
+    assert "| fused, alpha 0.75 |" in out and "\ntime of the fused variant: " in out
     result = json.loads((tmp_path / "b.json").read_text())
-    assert result["arms"].keys() == bench.ARMS.keys() and result["peak"]["float32"] > 1e9
-    for arm in result["arms"].values():
-        assert 0 < arm["slowest"] <= arm["examples_per_s"] <= arm["fastest"]
-        assert 0 < arm["share_of_peak"] < 1.2 and 0 < arm["loader"] < 1
+    assert result["variants"].keys() == bench.VARIANTS.keys() and result["peak"]["float32"] == 1e12
+    for variant in result["variants"].values():
+        assert 0 < variant["slowest"] <= variant["examples_per_s"] <= variant["fastest"]
+        assert 0 < variant["share_of_peak"] < 1 and 0 < variant["loader"] < 1
+        assert variant["share_of_peak"] == variant["useful_flops"] / 1e12
     shares = list(result["profile"].values())
     assert len(shares) == 12 and 0.3 < sum(shares) <= 1 and shares == sorted(shares, reverse=True)
     assert "aten::mm" in result["profile"]
-    fused_arm, plain = result["arms"]["fused"], result["arms"]["plain"]
-    assert plain["time_to_plain"] == 1 and 1.2 < fused_arm["tokens_to_plain"] < 2
+    assert result["variants"]["plain"]["time_to_plain"] == 1
+    assert 1.2 < result["variants"]["fused"]["tokens_to_plain"] < 2
     assert result["generation"]["cached"] > result["generation"]["uncached"] > 0
+
+
+def test_the_peak_is_a_rate():
+    assert 1e8 < bench.peak(torch.device("cpu"), torch.float32, seconds=0.01) < 1e14
+
+
+def test_wrong_options_are_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--blocks", "0", "--row_len", "-1"])
+    with pytest.raises(BadInput, match="--row_len -1: must be 0 or more; --blocks 0: must be 1 or more"):
+        bench.main()

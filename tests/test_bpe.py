@@ -12,7 +12,7 @@ from conftest import PAIRS, SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import load_dataset
+from tasks.datasets import load_dataset
 from support.bpe import PATTERN, train_bpe
 from support.tokenizer import Tokenizer
 

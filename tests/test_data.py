@@ -61,7 +61,7 @@ def test_views_that_show_other_texts():
 
 def tree_of(**options):
     tree = lay_out(*views_of(PAIR, **options))
-    return tree.ids, tree.segment, tree.parent, tree.positions, tree.labels, tree.pred_at, tree.enc_at
+    return tree.ids, tree.segment, tree.parent, tree.positions, tree.labels, [*tree.pred_at], [*tree.enc_at]
 
 
 def test_tree_of_an_example():
@@ -72,7 +72,7 @@ def test_tree_of_an_example():
     assert parent ==    [0, 0, 0,      0, 0, 0, 0, 0,     0, 0,   3, 3, 3, 3]
     assert positions == [0, 1, 2,      3, 4, 5, 6, 7,     3, 4,   0, 1, 2, 3]
     assert labels ==    [A, B, SEP,    X, Y, Z, END, -100] + [-100] * 6
-    assert pred_at == 9 and enc_at == 13  # P2 and the last Z
+    assert pred_at == [9] and enc_at == [13]  # P2 and the last Z
 
 
 def test_tree_without_predictors():
@@ -82,7 +82,7 @@ def test_tree_without_predictors():
     assert segment ==   [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
     assert parent ==    [0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2]
     assert positions == [*range(8), *range(4)]
-    assert pred_at == 2 and enc_at == 11
+    assert pred_at == [2] and enc_at == [11]
 
 
 def test_tree_with_predictors_in_front():
@@ -92,7 +92,7 @@ def test_tree_with_predictors_in_front():
     assert ids ==       [*MAIN, BEGIN, P1, P2, A, B, BEGIN, X, Y, Z]
     assert segment ==   [0] * 8 + [1] * 5 + [2] * 4 == parent
     assert positions == [*range(8), *range(5), *range(4)]
-    assert pred_at == 12 and enc_at == 16
+    assert pred_at == [12] and enc_at == [16]
 
 
 def test_tree_in_reverse():
@@ -102,7 +102,7 @@ def test_tree_in_reverse():
     assert segment ==   [0] * 8 + [1] * 4 + [2]
     assert parent ==    [0] * 8 + [1] * 4 + [1]
     assert positions == [*range(8), *range(4), 4]
-    assert pred_at == 12 and enc_at == 2
+    assert pred_at == [12] and enc_at == [2]
 
 
 def test_too_long_examples(tokenizer, examples, tmp_path, capsys):
@@ -234,7 +234,8 @@ def test_loss_dropout():
     assert loss_dropout(32, 0.0, 0, 0).all()
 
 
-SETTINGS = dict(lam=1.0, stp=0.0, alpha=0.5, seed=0, passes="fused", row_len=0, micro_batch=0, batch_size=3)
+SETTINGS = dict(lam=1.0, reg_weight=0.0, stp=0.0, stp_form="paper", alpha=0.5, seed=0, passes="fused",
+                row_len=0, micro_batch=0, batch_size=3)
 
 
 def step_of(examples, step=0, **settings):

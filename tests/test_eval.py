@@ -8,12 +8,13 @@ import torch
 import eval
 import train
 from data import ViewOptions, collate_fused, render_views
-from eval import Answer, EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
-from eval import generate, generate_slow, score
+from eval import EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
+from eval import score
 from jepa_loss import dense_mask, gather
 from model import KVCache
 from support.distributed import pick_device
 from support.files import BadInput, main_guard
+from support.generation import Answer, generate, generate_slow
 from support.geometry import linear_map_error, rank_me
 from support.tables import from_hex, table, to_hex
 from tasks import datasets, nlrx, regexes
@@ -96,7 +97,8 @@ def test_evaluate(tiny, tokenizer, examples):
     result, answers = evaluate(tiny(1), tokenizer, split, ViewOptions(), 8)
     assert result.keys() == {"exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "undecided", "items",
                              "cos_paired", "cos_shuffled", "cos_gap", "retrieval_at_1", "rank_pred",
-                             "rank_enc", "n", "seconds", "test", "dataset", "source"}
+                             "rank_enc", "alignment", "uniformity_pred", "uniformity_enc", "p_end", "n",
+                             "seconds", "test", "dataset", "source"}
     assert result["n"] == len(answers) == 5 and json.dumps(result)
     again, _ = evaluate(tiny(1), tokenizer, split, ViewOptions(), 8, n=3)
     assert again["n"] == 3 and again["test"] != result["test"]

@@ -1,5 +1,5 @@
-"""What machines do to a run: kills at random moments, signals, a disk that is full from any write on, files that
-are cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
+"""What machines do to a run: kills at random moments, signals, a disk that is full from any write on, files
+that are cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
 import functools
 import http.server
 import json
@@ -81,8 +81,8 @@ def test_forty_kills_of_training_and_scoring(argv, tmp_path):  # noqa: F811
 
 
 def test_ten_kills_of_a_download(tmp_path):
-    """From a server that takes half a second for a file. What they left is removed: temporary files got names of
-    their own, and stayed."""
+    """From a server that takes half a second for a file. What they left is removed: temporary files got names
+    of their own, and stayed."""
     content = b"".join(b'{"text": "%d", "code": "c"}\n' % i for i in range(60_000))
     mirror, data, rng = tmp_path / "mirror", tmp_path / "data", random.Random(1)
     mirror.mkdir()
@@ -124,8 +124,8 @@ def started(argv, run: Path, **options) -> forks.Job:
 
 
 def test_asked_to_stop(argv, tmp_path):  # noqa: F811
-    """By Ctrl-C, a scheduler, a closed terminal, a job's time limit: it ends within 5 s, with a checkpoint of the
-    last step and a line that says how to go on; in the end all is as if nothing had been."""
+    """By Ctrl-C, a scheduler, a closed terminal, a job's time limit: it ends within 5 s, with a checkpoint of
+    the last step and a line that says how to go on; in the end all is as if nothing had been."""
     argv, run = [*argv, "--n_layers", "1", "--epochs", "16"], tmp_path / "run"
     assert forks.run("train", [*argv, "--out", tmp_path / "whole"]).returncode == 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -206,8 +206,8 @@ def test_the_disk_is_full_from_any_write_on(argv, tmp_path, at_most):  # noqa: F
 
 
 def test_no_room_for_a_checkpoint(argv, tmp_path):  # noqa: F811
-    """One line, status 2, no half file; with room again, the run goes on. The limit on a file's size stands for
-    a full disk: the write call fails."""
+    """One line, status 2, no half file; with room again, the run goes on. The limit on a file's size stands
+    for a full disk: the write call fails."""
     argv, whole, run = [*argv, "--max_steps", "4", "--checkpoint_every", "2"], tmp_path / "whole", tmp_path / "run"
     assert forks.run("train", [*argv, "--out", whole]).returncode == 0
     reply = forks.run("train", argv, max_file=(whole / "state.pt").stat().st_size // 2)
@@ -286,8 +286,8 @@ def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
     ("config.json", "score answer base"), ("model.safetensors", "score answer base"),
     ("tokenizer.model", "score answer base"), ("pred_embedding.safetensors", "score answer base")])
 def test_a_harmed_finished_run(three_runs, tmp_path, name, readers, harm):
-    """Whoever reads the file names it, and changes nothing: who would show the result, score the run again, answer
-    from it, or begin with it."""
+    """Whoever reads the file names it, and changes nothing: who would show the result, score the run again,
+    answer from it, or begin with it."""
     folder, command = three_runs
     run = tmp_path / "run"
     shutil.copytree(folder / "a", run)

@@ -23,10 +23,13 @@ def step(model, passes, *batches, distance=cosine):
     """({term: sum}, {weight: gradient}) of a step, in which every term has another weight."""
     model.zero_grad(set_to_none=True)
     sums, weights = {}, {"ntp": 1.0, "stp": 0.5, "jepa": 2.0}
-    counts = {name: sum(batch.count(name) for batch in batches) for name in weights}
+    def count(batch, name):
+        return batch.n_tokens if name == "ntp" else batch.n_pairs
+
+    counts = {name: sum(count(batch, name) for batch in batches) for name in weights}
     for batch in batches:
         terms = passes(model, batch, distance)
-        assert all(count == batch.count(name) for name, (_, count) in terms.items())
+        assert all(n == count(batch, name) for name, (_, n) in terms.items())
         total_loss(terms, counts, weights).backward()
         for name, (sum_, _) in terms.items():
             sums[name] = sums.get(name, 0) + sum_.item()
@@ -107,7 +110,8 @@ def test_the_batches_of_a_step_add_up(tiny, tokenizer, examples, settings):
     """Whatever a step is cut into, micro-batches or examples with and without views: the terms and gradients
     of one batch of three passes. The official code divides the gradient of one objective by the number of
     micro-batches and not the other's."""
-    c = SimpleNamespace(**dict(lam=1.0, stp=1.0, alpha=0.5, seed=2, passes="fused", row_len=0, micro_batch=0)
+    c = SimpleNamespace(**dict(lam=1.0, reg_weight=0.0, stp=1.0, stp_form="paper", alpha=0.5, seed=2,
+                                passes="fused", row_len=0, micro_batch=0)
                         | settings)
     views = [render_views(e, tokenizer) for e in examples]
     sampler = Sampler([len(v.main) for v in views], 5, seed=0)

@@ -7,10 +7,10 @@ from conftest import CHAT, PAIRS, SHARED_DATA, json_tokenizer, jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import fitting
-from data import Example, load_dataset, render_prompt, render_views
+from data import ViewOptions, fit, render_prompt, render_views
 from support.files import BadInput
 from support.tokenizer import FORMAT_TOKENS, GPT2, LLAMA3, Tokenizer
+from tasks.datasets import Example, load_dataset
 
 # ---- a vocabulary of our own -------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def test_what_tiktoken_cannot_cut_is_refused(tokenizer, tmp_path):
     with pytest.raises(BadInput, match=r"1000001 characters\): tiktoken cannot cut it"):
         tokenizer.encode("x" + " " * 1_000_000)
     with pytest.raises(BadInput, match="f.jsonl:1: .*tiktoken cannot cut it"):
-        fitting(jsonl(tmp_path / "f.jsonl", [("a" + " " * 1_000_000, "b")]), tokenizer, 10)
+        fit(jsonl(tmp_path / "f.jsonl", [("a" + " " * 1_000_000, "b")]), tokenizer, 10)
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
@@ -196,7 +196,7 @@ def test_llama_3_format_id_by_id(chat):
     system = [LEFT, *e("system"), RIGHT, *e("\n\n"), *e("Be short."), END]
     user = [LEFT, *e("user"), RIGHT, *e("\n\n"), *e("ab cd")]
     answer = [LEFT, *e("assistant"), RIGHT, *e("\n\n"), *e("(x)|y")]
-    views = render_views(TALK, t, k=2)
+    views = render_views(TALK, t, ViewOptions(k=2))
     assert views.main == [BEGIN, *system, *user, END, *answer, END]
     assert views.labels == [*views.main[1:], -100]
     assert views.stem == [BEGIN, *user] and views.enc == [BEGIN, *answer]
@@ -207,14 +207,14 @@ def test_llama_3_format_id_by_id(chat):
         "<|start_header_id|>assistant<|end_header_id|>\n\n(x)|y<|eot_id|>")
     n = len(e("(x)|y"))
     assert render_prompt(TALK, t) == views.main[:-n - 1]
-    code_only = render_views(TALK, t, ntp_on="code").labels  # the answer and its end
+    code_only = render_views(TALK, t, ViewOptions(ntp_on="code")).labels  # the answer and its end
     assert code_only == [-100] * (len(views.main) - n - 2) + [*e("(x)|y"), END, -100]
-    official = render_views(TALK, t, train_eos=False).labels  # as pad = end token made it: no end is a target
+    official = render_views(TALK, t, ViewOptions(train_eos=False)).labels  # no end is a target
     assert official == [-100 if label == END else label for label in views.labels] != views.labels
-    in_front = render_views(TALK, t, k=1, pred_first=True)
+    in_front = render_views(TALK, t, ViewOptions(k=1, pred_first=True))
     assert written(t, in_front.stem) == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
                                          "[PRED1]ab cd") and in_front.preds == []
-    backwards = render_views(TALK, t, reverse=True)
+    backwards = render_views(TALK, t, ViewOptions(reverse=True))
     assert (backwards.stem, backwards.enc) == (views.enc, views.stem)
     without = render_views(Example("ab cd", "(x)|y"), t)
     assert without.main == [BEGIN, *user, END, *answer, END]
@@ -231,7 +231,7 @@ def test_chatml_id_by_id(chat):
     assert views.main == [*system, *user, END, *e("\n"), *answer, END, *e("\n")]
     assert views.labels == [*views.main[1:], -100] and views.stem == user and views.enc == answer
     n = len(e("(x)|y"))
-    code_only = render_views(TALK, t, ntp_on="code").labels  # the newline behind the end is no target there
+    code_only = render_views(TALK, t, ViewOptions(ntp_on="code")).labels  # without the newline
     assert code_only == [-100] * (len(views.main) - n - 3) + [*e("(x)|y"), END, -100, -100]
     assert written(t, views.main) == (
         "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nab cd<|im_end|>\n"

@@ -132,8 +132,8 @@ def test_a_whole_run(argv, tmp_path):
 
 
 def test_every_variant_sees_the_same_examples(argv, tmp_path):
-    """lam, passes, alpha, packing and micro-batches leave the examples of a step alone. Three passes, one, and
-    packed rows end with the same weights (float64), with loss dropout."""
+    """lam, passes, alpha, packing and micro-batches leave the examples of a step alone. Three passes, one,
+    and packed rows end with the same weights (float64), with loss dropout."""
     variants = {"plain": ["--lam", "0"], "three": ["--passes", "three"], "fused": [],
                 "packed": ["--row_len", "150"], "micro": ["--micro_batch", "3"]}
     counts = []
@@ -339,9 +339,9 @@ def whole(pairs, tmp_path_factory):
                                                            torch.backends.mps.is_available(), reason="not CPU")),
     "--dataset OTHER", "--test_file OTHER"])
 def test_a_run_that_dies_goes_on(whole, pairs, argv, tmp_path, flags):
-    """After its checkpoint at step 3, it repeats nothing and skips nothing: the same weights, bit for bit, and
-    no line of metrics.jsonl twice; also with other settings of those that change no result, and the data under
-    another path."""
+    """After its checkpoint at step 3, it repeats nothing and skips nothing: the same weights, bit for bit,
+    and no line of metrics.jsonl twice; also with other settings of those that change no result, and the data
+    under another path."""
     name = "train.jsonl" if "--dataset" in flags else "test.jsonl"
     die_at_step(5, [*argv, *SIX])
     torch.manual_seed(12345)  # whatever happened to the generator in between
@@ -361,8 +361,8 @@ def test_other_checkpoints_before_the_first_one(whole, argv, tmp_path):
 
 
 def test_a_budget_of_flops(whole, argv, tmp_path):
-    """Training ends with the first step that reaches it, whatever --epochs says; the learning rate follows the
-    share of it that is spent. It resumes to the bit, also where all steps are done."""
+    """Training ends with the first step that reaches it, whatever --epochs says; the learning rate follows
+    the share of it that is spent. It resumes to the bit, also where all steps are done."""
     budget = 30 * steps_of(whole)[-1]["flops"] // 6 + 1  # about 30 steps: three epochs
     at = argv.index("--epochs")  # it has no effect then
     argv = [*argv[:at], *argv[at + 2:], "--max_flops", str(budget)]

@@ -1,0 +1,57 @@
+"""experiments/plots.py: the pictures of small runs, one of them of an older version."""
+import json
+import sys
+
+import pytest
+
+import train
+from experiments import plots
+from support.files import BadInput
+
+
+@pytest.fixture(scope="module")
+def runs(pairs, tmp_path_factory):
+    """Two seeds with JEPA and one plain run, which looks as versions before max_flops and stp wrote them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in (("a", []), ("b", ["--seed", "1"]), ("c", ["--lam", "0"])):
+        train.train(train.parse_config([
+            "--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"), "--dim", "16",
+            "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "16", "--vocab_size", "260", "--epochs", "3",
+            "--log_every", "2", "--max_new_tokens", "4", "--device", "cpu", "--out", str(folder / name),
+            *flags]))
+    for path in (folder / "c" / "run.json", folder / "c" / "eval.json"):
+        stored = json.loads(path.read_text())
+        stored["config"] |= {"view2": "", "match_flops": "", "objective": "jepa"}
+        del stored["config"]["max_flops"], stored["config"]["stp"]
+        path.write_text(json.dumps(stored | {"version": 1, "budget": None}))
+    metrics = folder / "c" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row | ({"jepa": 0.0} if "ntp" in row else {}) for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / name) for name in "abc"]
+
+
+def test_pictures_of_runs(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plots", *runs, "--out", str(tmp_path / "p")])
+    plots.main()
+    for name in ("learning_curves", "tsne", "singular_values"):
+        content = (tmp_path / "p" / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+
+
+def test_curves(runs):
+    """The terms of every second step and of each epoch's last; the scores of two epochs, and of the end."""
+    jepa, plain = plots.curves(runs[0]), plots.curves(runs[2])
+    assert set(jepa) == {"ntp", "jepa", "exact", "cos_paired", "cos_shuffled"}
+    assert set(jepa) - set(plain) == {"jepa"}  # a term that it went without
+    assert jepa["exact"][:, 0].tolist() == [1, 2, 3] and jepa["ntp"][-1, 0] == 3
+    assert jepa["ntp"].shape == jepa["jepa"].shape == (6, 2)
+    end = json.loads(open(f"{runs[0]}/eval.json").read())
+    assert jepa["cos_paired"][-1, 1] == end["cos_paired"]
+
+
+def test_pictures_want_their_packages(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "run")])
+    with pytest.raises(BadInput, match="pictures need .*: pip install -r requirements-plot.txt"):
+        plots.main()  # before it looks at any run
