@@ -59,11 +59,11 @@ def plain_words(text: str) -> str:
 
 def any_of(answer: str, text: str, code: str) -> bool:
     """nq_open: one of the target's answers, or several of them, separated by "; ". Case, punctuation and
-    articles are ignored, as is usual for open question answering. One part that is none of the target's makes
-    it wrong; a part of punctuation alone is compared as it is."""
+    articles are ignored, as is usual for open question answering; a part that consists of nothing else is
+    compared as it stands. One part that is none of the target's makes the answer wrong."""
     def parts(answers: str) -> set[str]:
         return {plain_words(part) or part.strip() for part in answers.split("; ")}
-    return bool(answer.strip()) and parts(answer) <= parts(code) - {""}
+    return parts(answer) <= parts(code) - {""}
 
 
 # ---- Spider: what the query returns ------------------------------------------------------------------------
@@ -76,7 +76,7 @@ READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sq
 
 
 def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
-    """(number of columns, rows) of a single SELECT; None if it is none, fails or exceeds a bound above.
+    """(number of columns, rows) of one statement that only reads; None if it fails or exceeds a bound above.
 
     The file is opened read-only, and the authorizer allows reading alone: no write, attach, pragma, extension
     or temporary file. An endless query nearly always ends by MAX_STEPS, so the verdict does not depend on the

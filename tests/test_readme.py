@@ -1,13 +1,23 @@
-"""README.md tells the truth where a test can check it."""
+"""README.md and docs/ tell the truth where a test can check it."""
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
+import pytest
 from conftest import ROOT
 
+import data
+import eval
 import train
+from experiments import bench, compare, plots
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8")
+         for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+OPTIONS = [train.Config, eval.EvalOptions, data.ShowOptions] + [
+    cls for module in (bench, compare, plots) for cls in vars(module).values()
+    if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__dataclass_fields__")]
 
 
 def blocks(language):
@@ -27,22 +37,30 @@ def test_the_two_commands_stand_there():
                             "pip install -r requirements-dev.txt && python -m pytest -q"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert all(part in ci for part in commands[1].split(" && "))
+    assert len(README.splitlines()) <= 180
 
 
-def test_every_flag_and_file_named_exists():
-    flags = {*re.findall(r"--(?:no-)?([a-z_]+)", README)}
-    known = {*train.asdict(train.Config()), "help", "prompt", "other_data", "base_url", "nproc_per_node",
-             "blocks", "steps", "embeddings", "plot", "profile"}
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_file_and_function_named_exists(page):
+    """Flags of any program, files, links, functions of modules, tests."""
+    text = PAGES[page]
+    known = {f.name for cls in OPTIONS for f in fields(cls)} | {"help", "nproc_per_node"}
+    if page == "exercises.md":
+        known.add("margin")  # which the reader adds
+    flags = {*re.findall(r"--(?:no-)?([a-z_]+)", text)}
     assert flags <= known, flags - known
-    for name in re.findall(r"`((?:tests/)?[a-z_]+\.py)`", README):
+    for name in re.findall(r"`((?:[a-z]+/)?[a-z_]+\.py)`", text):
         assert (ROOT / name).exists(), name
-
-
-def test_every_function_named_exists():
-    modules = "|".join(path.stem for path in ROOT.glob("*.py"))
-    for module, name in re.findall(rf"`({modules})\.([A-Za-z_]+)`", README):
-        if f"{module}.{name}" not in (f"{module}.py", "tokenizer.model"):  # which are files
-            assert hasattr(__import__(module), name), f"{module}.{name}"
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
+        assert (folder / link).exists(), link
+    paths = [path.relative_to(ROOT) for pattern in ("*.py", "[!t]*/*.py", "tasks/*.py")
+             for path in ROOT.glob(pattern)]
+    modules = {path.stem: ".".join(path.with_suffix("").parts) for path in paths}
+    for module, name in re.findall(rf"`({'|'.join(modules)})\.([A-Za-z_]+)", text):
+        if name not in ("py", "model"):  # files
+            loaded = __import__(modules[module], fromlist=[name])
+            assert hasattr(loaded, name), f"{module}.{name}"
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for name in re.findall(r"`(test_[a-z_0-9]+)`", README):
+    for name in re.findall(r"`(test_[a-z_0-9]+)`", text):
         assert f"def {name}(" in tests, name
