@@ -267,6 +267,8 @@ class Dataset:
     source: str  # published | generated | file
     files: dict[str, str]  # path -> sha256
     folder: Path = Path("data")  # where published files are
+    scorer: str = ""  # of a file of one's own, see tasks/scorers.py
+    databases: str = ""  # of the scorer sql
 
     @cached_property
     def leaked(self) -> set[tuple[str, str]]:
@@ -276,12 +278,13 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
-                 eval_split: str = "test", n_test: int = 0) -> Dataset:
+                 eval_split: str = "test", n_test: int = 0, scorer: str = "", databases: str = "") -> Dataset:
     """The train and test pairs of a published dataset or of your own files.
 
     name             a key of PUBLISHED, or the path of a .jsonl file, whose test split is test_file
     n_train, n_test  use only the first so many examples; 0: all
     eval_split       "valid": the last tenth of train is held out and takes the place of the test split
+    scorer           how answers to a file of your own are judged; databases: see tasks/scorers.py
     """
     paths, source = dataset_paths(name, Path(data_dir), test_file)
     train = read_jsonl(paths["train"])
@@ -301,7 +304,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
     train, test = train[:n_train or None], test[:n_test or None]
     train.text_only = test.text_only = name == "paraphrase"
     files = {str(path): sha256(path) for path in paths.values()}
-    return Dataset(name, train, test, source, files, Path(data_dir))
+    return Dataset(name, train, test, source, files, Path(data_dir), scorer, databases)
 
 
 def announce(data: Dataset) -> None:
