@@ -36,6 +36,7 @@ from jepa_loss import DISTANCES, REGULARISERS, Terms, dense_mask, flex_mask, fus
 from jepa_loss import three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
 from support import distributed
+from support.checkpoint import add_end_token
 from support.distributed import DEVICES, device_available, pick_device
 from support.files import BadInput, interrupts, main_guard, read_json, sha256, write_text
 from support.lora import add_lora, merge_lora
@@ -343,6 +344,7 @@ def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, da
     merge_lora(model)
     model.save_pretrained(folder)
     tokenizer.save(folder)
+    add_end_token(folder, tokenizer.format.end)
     result, answers = evaluate(model, tokenizer, data, c, limit)
     result |= run_summary(folder)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")

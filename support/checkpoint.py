@@ -195,3 +195,18 @@ def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
             save_tensors(folder / file, own)
         else:  # of a model that was here before
             (folder / file).unlink(missing_ok=True)
+
+
+def add_end_token(folder: Path, end: int) -> None:
+    """Let the token `end` end an answer elsewhere, as it does here: it joins those of eos_token_id in
+    config.json and generation_config.json."""
+    config = read_json(folder / "config.json")
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        kept = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+        entries = read_json(path) if path.exists() else kept
+        ends = entries.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end not in ends:
+            entries["eos_token_id"] = [*ends, end] if ends else end
+            write_text(path, json.dumps(entries, indent=2) + "\n")
