@@ -90,7 +90,10 @@ def read_json(path: str | Path) -> dict:
 
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,9 +137,18 @@ def main_guard():
     """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
     2; a signal is one line and, as shells have it, 128 + its number."""
     old = {number: signal.signal(number, interrupts) for number in SIGNALS
-           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some, for a reason
+           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some for a reason
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # where a letter cannot be shown, its number is
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036  who has an older one is told so
+            raise BadInput(f"needs Python 3.11 or newer; this is {sys.version.split()[0]}")
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python would flush again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as shells have it of SIGPIPE
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

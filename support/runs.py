@@ -88,8 +88,10 @@ class Run:
                 raise BadInput(f"{folder}: another process is training here; choose another --out") from None
             new = not path.exists()  # another process may have been here until now
         try:
-            if new:
+            if new and writes:
                 write_text(path, json.dumps(record, indent=2) + "\n")
+            if not path.exists():  # rank 0 has just written it
+                raise BadInput(f"{path}: not seen by every rank; --out must be a folder that all nodes share")
             self.record = read_run(folder)
             self.recognise(record)
             for left in folder.glob("*.tmp") if writes else ():  # by a killed process
