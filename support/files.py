@@ -145,7 +145,7 @@ def main_guard():
         if sys.version_info < (3, 11):  # noqa: UP036  who has an older one is told so
             raise BadInput(f"needs Python 3.11 or newer; this is {sys.version.split()[0]}")
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)  # here, where a closed pipe is caught
     except BrokenPipeError:  # `| head` has seen enough; Python would flush again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as shells have it of SIGPIPE
