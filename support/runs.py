@@ -188,7 +188,7 @@ def read_metrics(path: Path, content: bytes) -> list[dict]:
         rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
         if all(type(row["step"]) is int for row in rows):
             return rows
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise BadInput(f"{path}: damaged; choose another --out")
 

@@ -153,7 +153,8 @@ def run_name(config, tuned: dict) -> str:
     for f in sorted(fields(config), key=lambda f: f.metadata["identity"] != "content"):
         value, identity = getattr(config, f.name), f.metadata["identity"]
         if identity == "content" and (value != f.default or not parts):
-            parts += [f.name.rpartition("_")[2]] * bool(parts) + [Path(value).name.removesuffix(".jsonl")]
+            parts += [f.name.rpartition("_")[2]] * bool(parts)
+            parts.append(Path(str(value)).name.removesuffix(".jsonl"))  # a stranger may have a number there
         elif identity == "value" and value != tuned.get(f.name, f.default) and not idle(f, config):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
     return "-".join(parts)
