@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -429,8 +430,9 @@ def test_wrong_device():
     (["--lam", "0", "--k", "2"], "--k has no effect with --lam 0"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["--dataset", "nowhere.jsonl", "--eval_split", "valid"], "nowhere.jsonl: no such file"),
-    (["--n_train", "9000"], "--n_train 9000: ")])
-def test_the_program_says_it_in_one_line(arguments, message, tmp_path):
+    (["--dataset", "train.jsonl", "--eval_split", "valid", "--n_train", "90"], "--n_train 90: ")])
+def test_the_program_says_it_in_one_line(arguments, message, pairs, tmp_path):
+    shutil.copy(pairs / "train.jsonl", tmp_path)
     reply = forks.run("train", arguments, cwd=str(tmp_path))
     assert reply.returncode == 2 and reply.stderr.startswith("error: ") and message in reply.stderr
     assert reply.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
