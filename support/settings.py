@@ -78,7 +78,8 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
             parser.add_argument(f.name, metavar=f.name.upper(), help=meta["help"], **extra)
             continue
         other = f"; with --{tuned[0]} {tuned[1][f.name]}" if f.name in tuned[1] else ""
-        shown = "" if f.default in (None, "", MISSING) else f" (default: {f.default}{other})"
+        silent = f.default in (None, "", MISSING) or "(default" in meta["help"]
+        shown = "" if silent else f" (default: {f.default}{other})"
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
         groups[meta["group"]].add_argument(f"--{f.name}", help=meta["help"] + shown, **extra)
