@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from support.files import BadInput, Parser
+from support.files import BadInput
 
 
 def opt(default, help: str, group: str = "", needs: str = "", low=None, above=None, below=None,
@@ -61,8 +61,13 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
     positional  names of fields that are given without a flag: a list[str] takes one or more
     tuned       (name, other defaults): they hold where the setting of this name is given
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS)
+    def refuse(message: str):
+        raise BadInput(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = refuse
     hints, groups = get_type_hints(cls), {"": parser}
     for f in fields(cls):
         hint, extra, meta = hints[f.name], {}, f.metadata
