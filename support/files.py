@@ -106,7 +106,7 @@ def main_guard():
     """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
     2; a signal is one line and, as shells have it, 128 + its number."""
     old = {number: signal.signal(number, interrupts) for number in SIGNALS
-           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some, for a reason
+           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some on purpose
     try:
         yield
     except (BadInput, OSError) as error:

@@ -55,8 +55,7 @@ def fill(cls: type, stored: dict, former: dict[str, Any]) -> dict:
 
 def parse(cls: type, argv: list[str] | None = None, description: str = "", positional: tuple[str, ...] = (),
           tuned: tuple[str, dict] = ("", {})):
-    """An instance of cls from the command line, and the names that were given. `problems` has still to be
-    asked.
+    """An instance of cls from the command line, not yet checked, and the names that were given.
 
     positional  names of fields that are given without a flag: a list[str] takes one or more
     tuned       (name, other defaults): they hold where the setting of this name is given

@@ -64,8 +64,8 @@ def contents(messages, where: str) -> dict:
     for message in messages if isinstance(messages, list) else [None]:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant") or role in said:
-            raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}, one of them '
-                           "the user's, one the assistant's, and at most one the system's")
+            raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}, one of the '
+                           "user, one of the assistant and at most one of the system")
         said[role] = message.get("content")
     return said
 
@@ -145,8 +145,8 @@ def git_blob_id(path: Path) -> str:
 
 
 def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> dict[str, Path]:
-    """split -> file of the embedded nlrx_synth, written once. The names carry a hash of nlrx.py, so a changed
-    grammar never meets old files."""
+    """split -> file of the embedded nlrx_synth, written once. The names carry a hash of nlrx.py, so that a
+    changed grammar never meets old files."""
     version = sha256(Path(nlrx.__file__))[:8]
     paths = {split: data_dir / f"generated_{version}_{split}.jsonl" for split in ("train", "test")}
     if not all(path.exists() for path in paths.values()):
@@ -158,8 +158,8 @@ def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> 
 
 
 def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, Path], str]:
-    """({split: file}, source) of a dataset. Published files are checked; where nlrx_synth has none at all, the
-    embedded grammar writes its own."""
+    """({split: file}, source) of a dataset. Published files are checked; where nlrx_synth has none at all,
+    the embedded grammar writes its own."""
     if name.endswith(".jsonl"):
         return {"train": Path(name)} | ({"test": Path(test_file)} if test_file else {}), "file"
     if name not in PUBLISHED:
@@ -258,8 +258,8 @@ def request_rest(url: str, file, bar: tqdm) -> str:
 
 
 def fetch(url: str, path: Path, digest: Callable[[Path], str], wanted: str) -> None:
-    """Download a file, unless it is here, whole and checked or not at all: BadInput if digest(file) is not the
-    one wanted. A broken connection is resumed as long as every attempt gets further than the last."""
+    """Download a file, unless it is here, whole and checked or not at all: BadInput if digest(file) is not
+    the one wanted. A broken connection is resumed as long as every attempt gets further than the last."""
     if path.exists() and digest(path) == wanted:
         print(f"{path}: already here")
         return
