@@ -1,7 +1,8 @@
 r"""NL-RX: the grammar that writes (text, code) pairs.
 
-Mirrors the synthetic corpus of Locascio et al. 2016 (arXiv 1608.03000), published as nlrx_synth: one random
-tree, read twice, as English (text) and as a regex (code).
+Mirrors the synthetic corpus of Locascio et al. 2016 (arXiv 1608.03000): one random tree, read twice, as
+English (text) and as a regex (code). The dataset nlrx_synth is what was published of it; regexes.py judges
+answers.
 
     >>> generate(1)
     [("lines with a number before the string 'dog', 5 or more times", '([0-9]).*((dog){5,}).*')]
@@ -122,8 +123,8 @@ def draw(pick: Pick, max_depth: int, max_nodes: int) -> Tree:
 
 
 def every(drawing: Callable[[Pick], Tree]) -> Iterator[tuple[Tree, float]]:
-    """All trees that drawing(pick) can return, each with its probability. A list of choices for `pick` that
-    proves too short is replaced by all that are one longer."""
+    """All trees that drawing(pick) can return, each with its probability. `drawing` is run for every list of
+    choices that `pick` can make; a list that proves too short is replaced by all that are one longer."""
     choices = [((), 1.0)]  # a stack of lists and their probabilities
     while choices:
         made, p = choices.pop()
@@ -159,11 +160,12 @@ def read(tree: Tree) -> tuple[str, str]:
 
 
 def generate(n: int, seed: int = 0) -> list[tuple[str, str]]:
-    """n pairs (text, code), all texts distinct, in random order, the same on every machine. Up to 10,000, a
-    shorter list is the beginning of a longer one. ValueError: too few texts in 50 n draws.
+    """n pairs (text, code), all texts distinct, in random order, the same on every machine.
 
-    The authors drew 600,000 trees of depth 2, then deeper ones. The number of draws until a tree first turns
-    up is about exponential; so each listed tree is kept if its random waiting time is below 600,000.
+    The authors drew 600,000 trees of depth 2, then deeper ones, and published 10,000 texts. The number of
+    draws until a tree first turns up is about exponential; so each listed tree is kept if its random waiting
+    time is below 600,000. Up to 10,000, a shorter list is the beginning of a longer one. ValueError: too few
+    texts in 50 n draws.
     """
     rng = random.Random(seed)  # only rng.random(): Python promises no other method's numbers for ever
     pairs: dict[str, str] = {}
