@@ -12,7 +12,8 @@ A run folder holds run.json (settings, data, versions), metrics.jsonl (an object
 of the loss, unweighted; `tokens` counts next-token targets only), state.pt (the last checkpoint), and at the
 end the model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same
 command started again goes on where the last one left it, and ends with the same weights, bit for bit on a
-CPU: nothing in a run depends on anything but (seed, step). """
+CPU: nothing in a run depends on anything but (seed, step).
+"""
 import copy
 import json
 import math

@@ -4,7 +4,6 @@ Every mistake that a user can make (a flag, a file, a line, a tensor) is raised 
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
 written through `atomic`: a reader sees the old file or the new one, never a half.
 """
-import argparse
 import codecs
 import contextlib
 import glob
@@ -24,12 +23,11 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; it becomes `path` when the block ends, and vanishes when it
-    raises. Raises OSError (full disk, read-only folder); `path` is untouched then.
+    """Yield a temporary path beside `path`. It becomes `path` when the block ends, and vanishes when it
+    raises; an OSError (full disk, read-only folder) leaves `path` as it was.
 
-    The temporary file has a name of its own and is created exclusively: two processes do not write into one,
-    and no link that stands there is followed. One that was not written to for an hour is a killed process's
-    and is removed.
+    The temporary file is created exclusively, under a random name: no two processes write into one, and no
+    link is followed. One that is an hour old is a killed process's, and is removed.
     """
     path = Path(path)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
@@ -72,20 +70,24 @@ def refuse_other_kinds(path: str | Path) -> None:
             raise BadInput(f"{path}: {what}")
 
 
+def parse_json(content: bytes, where: str | Path) -> dict:
+    """A JSON object; BadInput, which begins with `where`, if it is none."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
+        raise BadInput(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
         refuse_other_kinds(path)
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except BadInput:
-        raise
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
-        raise BadInput(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def sha256(path: str | Path) -> str:
@@ -94,16 +96,6 @@ def sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that guesses at no abbreviation and whose errors are BadInput."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        raise BadInput(f"{message}; see --help")
 
 
 class Interrupts:
@@ -137,7 +129,7 @@ def main_guard():
     """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
     2; a signal is one line and, as shells have it, 128 + its number."""
     old = {number: signal.signal(number, interrupts) for number in SIGNALS
-           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some for a reason
+           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some on purpose
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # where a letter cannot be shown, its number is
             stream.reconfigure(errors="backslashreplace")

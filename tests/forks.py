@@ -106,6 +106,7 @@ def child(job: dict, programs: dict) -> None:
     os.environ.update(job.get("env", {}))
     distributed.rank, distributed.world, distributed.problem = distributed.read_environment(os.environ)
     os.chdir(job.get("cwd") or job["folder"])
+    signal.alarm(300)  # a rank whose other one died would wait for hours
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number in job.get("ignore", ()):
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,5 @@
-"""Two processes do what one does: losses to 1e-9 in float64, for every variant, with an idle rank, stopped, killed
-and resumed with another number of them."""
+"""Two processes do what one does: losses to 1e-9 in float64, for every variant, with an idle rank, stopped,
+killed and resumed with another number of them."""
 import json
 import os
 import signal
@@ -17,13 +17,13 @@ from test_train import argv, go, steps_of, weights  # noqa: F401 (argv: a fixtur
 from support import runs
 
 
-def ranks(argv) -> list[forks.Job]:
+def ranks(command) -> list[forks.Job]:
     """Two that meet at a port that was free, as torchrun would tell them to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [forks.start("train", argv, env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    return [forks.start("train", command, env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def finished(jobs: list[forks.Job]) -> list[forks.Job]:
@@ -49,13 +49,12 @@ def assert_same_run(a, b, n_steps):
 
 
 @pytest.mark.parametrize("flags", [
-    "--lam 0 --stp 1", "--micro_batch 2 --target ema --predictor mlp --pool mean", "--alpha 0.9 --row_len 200",
-    "--passes three --batch_size 1 --epochs 1 --max_steps 16"])
+    "--lam 0 --stp 1", "--micro_batch 2 --target ema --predictor mlp --pool mean",
+    "--alpha 0.9 --row_len 200", "--passes three --batch_size 1 --epochs 1 --max_steps 16"])
 def test_two_ranks_equal_one_process(uneven, tmp_path, flags):
     """The last case leaves a rank without an example in every step; alpha 0.9 often without a pair."""
-    argv = [*uneven, *flags.split()]  # noqa: F811
-    go(argv, "--out", tmp_path / "one")
-    speaker, silent = finished(ranks([*argv, "--out", tmp_path / "two"]))
+    go([*uneven, *flags.split()], "--out", tmp_path / "one")
+    speaker, silent = finished(ranks([*uneven, *flags.split(), "--out", tmp_path / "two"]))
     assert speaker.stdout.startswith("data: file") and not silent.stdout
     assert_same_run(tmp_path / "one", tmp_path / "two", 16)
     a, b = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("one", "two"))
@@ -70,25 +69,25 @@ def wait_for(condition, seconds=60):
 
 def test_stopped_and_killed_with_two_ranks_and_resumed_with_one(uneven, tmp_path):
     """A signal to one of them stops both at the same step, with a checkpoint."""
-    argv = [*uneven, "--epochs", "8", "--checkpoint_every", "10", "--alpha", "0.5"]  # noqa: F811
-    go(argv, "--out", tmp_path / "one")
+    command = [*uneven, "--epochs", "16", "--checkpoint_every", "10", "--alpha", "0.5"]
+    go(command, "--out", tmp_path / "one")
     run = tmp_path / "run"
     log, state = run / "metrics.jsonl", run / "state.pt"
-    jobs = ranks(argv)
+    jobs = ranks(command)
     wait_for(lambda: log.exists() and log.stat().st_size)
     jobs[1].signal(signal.SIGTERM)
     assert [job.wait().returncode for job in jobs] == [128 + signal.SIGINT, 128 + signal.SIGTERM]
     step = runs.load_state(run, torch.device("cpu"))["step"]
-    assert 0 < step < 64 and all(job.stderr.endswith(f"goes on from step {step}\n") for job in jobs)
+    assert 0 < step < 128 and all(job.stderr.endswith(f"goes on from step {step}\n") for job in jobs)
     before = state.stat().st_mtime_ns
-    jobs = ranks(argv)
+    jobs = ranks(command)
     wait_for(lambda: state.stat().st_mtime_ns != before)
     for job in jobs:
         job.signal(signal.SIGKILL)
     assert [job.wait().returncode for job in jobs] == [-signal.SIGKILL] * 2
     assert not (run / "eval.json").exists() and runs.load_state(run, torch.device("cpu"))["step"] > step
-    go(argv)
-    assert_same_run(tmp_path / "one", run, 64)
+    go(command)
+    assert_same_run(tmp_path / "one", run, 128)
 
 
 def test_negatives_need_one_process(uneven, tmp_path):
@@ -110,8 +109,9 @@ assert not any("gloo" in name for name in left), left
 def test_torchrun_and_no_thread_that_outlives_leave(uneven, tmp_path):
     """One that does takes the interpreter down at its end, in one run of some twenty."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    reply = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                            tmp_path / "script.py", *uneven, "--max_steps", "2"], capture_output=True, text=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    reply = subprocess.run([*torchrun, tmp_path / "script.py", *uneven, "--max_steps", "2"], env=env,
+                           capture_output=True, text=True)
     assert reply.returncode == 0, reply.stderr[-4000:]
     assert reply.stdout.count("data: file") == 1 and "| exact |" in reply.stdout

@@ -127,10 +127,11 @@ def test_from_a_run_to_another_task(talks, tmp_path):
     first = ["--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"), *SHORT]
     go([*first, "--dim", "16", "--n_layers", "1", "--n_heads", "1", "--ffn_dim", "16", "--k", "2"], "--out",
        tmp_path / "first")
-    begun = weights(tmp_path / "first")
+    first_run = tmp_path / "first"
+    begun = weights(first_run)
     for k, flags in ((2, ["--k", "2"]), (0, ["--lam", "0"]), (3, ["--k", "3"])):
         out = tmp_path / f"next{k}"
-        go([*first, *flags], "--init_from", tmp_path / "first", "--lr", "1e-9", "--max_steps", 1, "--out", out)
+        go([*first, "--lr", "1e-9", "--max_steps", "1", *flags], "--out", out, "--init_from", first_run)
         ended, run = weights(out), json.loads((out / "run.json").read_text())
         assert run["init_run"].startswith("train-k2-") and "dim16" in run["init_run"]
         assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
@@ -158,8 +159,8 @@ def test_a_checkpoint_is_scored_before_any_training(talks, chat_folder, capsys, 
 def test_a_run_keeps_its_format_and_views_on_another_dataset(argv, talks, tmp_path):
     """The checkpoint's tokenizer has the tokens of all formats; auto would take another one."""
     result = go(argv, "--max_steps", 2, "--pred_first")
-    again = eval.score_model(tmp_path / "run", eval.EvalOptions(
-        dataset=str(talks / "train.jsonl"), test_file=str(talks / "test.jsonl"), max_new_tokens=6, device="cpu"))
+    files = {"dataset": str(talks / "train.jsonl"), "test_file": str(talks / "test.jsonl")}
+    again = eval.score_model(tmp_path / "run", eval.EvalOptions(**files, max_new_tokens=6, device="cpu"))
     assert again | {"seconds": 0} == {name: 0 if name == "seconds" else result[name] for name in again}
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -336,8 +337,8 @@ def whole(pairs, tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     "", "--no-prefetch", "--grad_checkpointing", "--log_every 2", "--checkpoint_every 2",
-    pytest.param("--device auto", marks=pytest.mark.skipif(torch.cuda.is_available() or
-                                                           torch.backends.mps.is_available(), reason="not CPU")),
+    pytest.param("--device auto", marks=pytest.mark.skipif(
+        torch.cuda.is_available() or torch.backends.mps.is_available(), reason="it would not be the CPU")),
     "--dataset OTHER", "--test_file OTHER"])
 def test_a_run_that_dies_goes_on(whole, pairs, argv, tmp_path, flags):
     """After its checkpoint at step 3, it repeats nothing and skips nothing: the same weights, bit for bit,
@@ -350,7 +351,7 @@ def test_a_run_that_dies_goes_on(whole, pairs, argv, tmp_path, flags):
     assert_equal_runs(whole, tmp_path / "run")
     ours, theirs = metrics(tmp_path / "run"), metrics(whole)
     assert len(theirs) == 6
-    assert ours == ([row for row in theirs if row["step"] in (1, 2, 3, 4, 6)] if "log_every" in flags else theirs)
+    assert ours == [row for row in theirs if row["step"] != 5 or "log_every" not in flags]
 
 
 def test_other_checkpoints_before_the_first_one(whole, argv, tmp_path):
@@ -396,7 +397,7 @@ def test_no_prefetch_starts_no_thread(argv, monkeypatch):
     ("--passes two", "argument --passes: invalid choice: 'two'"),
     ("--lam 0 --k 3 --alpha 0.5", "--k has no effect with --lam 0; --alpha has no effect with --lam 0"),
     ("--lam 0 --gamma 0", "nothing to train on"),
-    ("--lr inf --seed 9223372036854775808", f"--lr inf: must be above 0; --seed {2**63}: must be 0 or more and"),
+    (f"--lr inf --seed {2**63}", f"--lr inf: must be above 0; --seed {2**63}: must be 0 or more and"),
     ("--distance infonce --micro_batch 4", "the whole batch: it needs"),
     ("--max_flops 1e9 --epochs 2", "--epochs has no effect with --max_flops"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
@@ -430,8 +431,9 @@ def test_wrong_device():
     (["--lam", "0", "--k", "2"], "--k has no effect with --lam 0"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["--dataset", "nowhere.jsonl", "--eval_split", "valid"], "nowhere.jsonl: no such file"),
-    (["--n_train", "9000"], "--n_train 9000: ")])
-def test_the_program_says_it_in_one_line(arguments, message, tmp_path):
+    (["--dataset", "train.jsonl", "--eval_split", "valid", "--n_train", "90"], "--n_train 90: ")])
+def test_the_program_says_it_in_one_line(arguments, message, pairs, tmp_path):
+    shutil.copy(pairs / "train.jsonl", tmp_path)
     reply = forks.run("train", arguments, cwd=str(tmp_path))
     assert reply.returncode == 2 and reply.stderr.startswith("error: ") and message in reply.stderr
     assert reply.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
