@@ -120,6 +120,18 @@ def load_tensor(path: Path, name: str, shape: tuple, dtype: torch.dtype | None) 
         return file.get_tensor(name).to(dtype)
 
 
+def load_extras(model: nn.Module, folder: Path, dtype: torch.dtype | None, width: int) -> None:
+    """Give the model what a folder has beyond a model of others: [PRED] rows (k, width) and a predictor."""
+    if (folder / PRED_FILE).exists():
+        rows = load_tensor(folder / PRED_FILE, "pred_embedding", (None, width), dtype)
+        model.pred_embedding = nn.Parameter(rows)
+    if (folder / HEAD_FILE).exists():
+        with opened(folder / HEAD_FILE) as file:
+            model.add_predictor("mlp" if "out.weight" in file.keys() else "linear", seed=0)
+        for name, weight in model.predictor.named_parameters():
+            weight.data = load_tensor(folder / HEAD_FILE, name, weight.shape, dtype)
+
+
 def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.dtype | None) -> nn.Module:
     """build(fields of a ModelConfig), with the stored tensors as its parameters; dtype: see load_tensor.
 
@@ -142,14 +154,7 @@ def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.d
         raise BadInput(f"{folder}: config.json ties lm_head.weight to the embedding, but they differ")
     if stored:
         raise BadInput(f"{folder}: unknown tensor {min(stored)}; is config.json another model's?")
-    if (folder / PRED_FILE).exists():
-        rows = load_tensor(folder / PRED_FILE, "pred_embedding", (None, embedding.shape[1]), dtype)
-        model.pred_embedding = nn.Parameter(rows)
-    if (folder / HEAD_FILE).exists():
-        with opened(folder / HEAD_FILE) as file:
-            model.add_predictor("mlp" if "out.weight" in file.keys() else "linear", seed=0)
-        for name, weight in model.predictor.named_parameters():
-            weight.data = load_tensor(folder / HEAD_FILE, name, weight.shape, dtype)
+    load_extras(model, folder, dtype, embedding.shape[1])
     return model
 
 
@@ -160,6 +165,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, temporary, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def save_extras(folder: Path, pred: Tensor | None, head: dict[str, Tensor]) -> None:
+    """Write what load_extras reads; files of a model that was here before are removed."""
+    rows = {"pred_embedding": pred} if pred is not None else {}
+    for file, own in ((PRED_FILE, rows), (HEAD_FILE, head)):
+        if own:
+            save_tensors(folder / file, {name: weight.detach().cpu() for name, weight in own.items()})
+        else:
+            (folder / file).unlink(missing_ok=True)
 
 
 def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
@@ -177,10 +192,4 @@ def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
                **{theirs: config[ours] for ours, (theirs, _) in HF_NAMES.items()}}
     write_text(folder / "config.json", json.dumps(entries, indent=2) + "\n")
     save_tensors(folder / "model.safetensors", tensors)
-    rows = {"pred_embedding": pred} if pred is not None else {}
-    head = {name.removeprefix("predictor."): weight for name, weight in head.items()}
-    for file, own in ((PRED_FILE, rows), (HEAD_FILE, head)):
-        if own:
-            save_tensors(folder / file, own)
-        else:  # of a model that was here before
-            (folder / file).unlink(missing_ok=True)
+    save_extras(folder, pred, {name.removeprefix("predictor."): weight for name, weight in head.items()})
