@@ -41,6 +41,7 @@ from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, write_text
 from support.generation import generate
 from support.hf import BACKENDS, HFModel, uses_transformers
+from support.hf_tokenizer import load_tokenizer
 from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.runs import read_run, run_summary
 from support.settings import opt, parse_options
@@ -236,7 +237,7 @@ def read_model(folder: str | Path, backend: str, format: str, trust_remote_code:
         model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
     else:
         model = Transformer.from_pretrained(folder, torch.float32)
-    return model, Tokenizer.load(folder, model.config.vocab_size, format)
+    return model, load_tokenizer(folder, model.config.vocab_size, format, backend)
 
 
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
@@ -329,7 +330,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     if not o.prompt:
         raise BadInput("--prompt is empty")
     model, tokenizer, run = load_model(folder, o)
-    if o.system is not None and "system" not in tokenizer.format.opening:
+    if o.system is not None and not ("system" in tokenizer.format.opening or tokenizer.format.system_in_user):
         raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
     example = Example(o.prompt, "", system=run.get("system", "") if o.system is None else o.system)
     (answer, stopped), = answer_texts(model, tokenizer, [example],

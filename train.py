@@ -321,10 +321,11 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
+def describe_run(c: Config, data: Dataset, device: torch.device, tokenizer: Tokenizer, limit: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
-            or c.trust_remote_code and path.suffix == ".py" or path.name in ("config.json", *CARRIED)] if c.init_from else []
+            or path.suffix == ".py" and c.trust_remote_code
+            or path.name in ("config.json", *CARRIED)] if c.init_from else []
     base_run = ""  # the run that --init_from is, by its settings without the seed
     if c.init_from and Path(c.init_from, "run.json").exists():
         theirs = fill(Config, read_run(c.init_from)["config"], FORMER) | {"seed": Config.seed}
@@ -332,7 +333,8 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
     return {"config": asdict(c), "source": data.source, "files": data.files,
             "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
             "dtype": forward_dtype(c.dtype, device), "system": data.train[0].system,
-            "max_new_tokens": max_new_tokens, "device": str(device), "git_commit": git_commit(),
+            "max_new_tokens": limit, "format_in_use": tokenizer.format.name, "device": str(device),
+            "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
@@ -408,8 +410,8 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
-          f"{len(data.train)} examples, {length} on {distributed.world} x {device} in {dtype}; run folder "
-          f"{run.folder}{f', from step {start}' if start else ''}", flush=True)
+          f"{len(data.train)} examples in format {tokenizer.format.name}, {length} on {distributed.world} x {device} "
+          f"in {dtype}; run folder {run.folder}{f', from step {start}' if start else ''}", flush=True)
 
     steps, logged, saved = range(start, total), seen, start
     batches_of_steps = prefetch(make, steps) if c.prefetch else map(make, steps)
@@ -472,7 +474,8 @@ def train(c: Config) -> dict:
         model, tokenizer = make_model(c, data)
         lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-        run = Run(folder, describe_run(c, data, device, limit), Config, FORMER, writes=distributed.rank == 0)
+        record = describe_run(c, data, device, tokenizer, limit)
+        run = Run(folder, record, Config, FORMER, writes=distributed.rank == 0)
     with run:
         if (folder / "eval.json").exists():
             print(f"{folder}: finished before")

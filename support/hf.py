@@ -194,6 +194,7 @@ class HFModel(nn.Module):
         trust_remote_code: run the Python files of the folder. BadInput names what is wrong."""
         kind = read_json(Path(folder) / "config.json").get("model_type")
         transformers = library("transformers", f"{folder}: model_type {kind!r}")
+        transformers.utils.logging.disable_progress_bar()
         try:
             lm, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,

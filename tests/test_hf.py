@@ -1,15 +1,24 @@
 """support/hf.py: models, tokenizers and conversations of other families, held against transformers' own."""
+import json
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
 
-from data import collate_fused, collate_three, render_views  # noqa: E402
+from conftest import PAIRS, json_tokenizer  # noqa: E402
+
+from data import collate_fused, collate_three, render_prompt, render_views  # noqa: E402
 from jepa_loss import fused, three_pass  # noqa: E402
 from model import Predictor, Transformer  # noqa: E402
 from support.files import BadInput  # noqa: E402
 from support.generation import generate, generate_slow  # noqa: E402
 from support.hf import HFModel  # noqa: E402
+from support.hf_tokenizer import LibraryTokenizer  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
+from tasks.datasets import Example  # noqa: E402
 
 V, C = 300, 32
 SHAPE = dict(vocab_size=V, hidden_size=C, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -81,3 +90,154 @@ def test_alibi_is_refused_by_the_check(kind, tmp_path):
     family(kind, tmp_path, d_model=C, n_layers=2, n_heads=4, n_layer=2, n_head=4)
     with pytest.raises(BadInput, match=f"{kind}: "):
         loaded(tmp_path)
+
+
+# ---- conversations and tokenizers --------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN2 = CHATML.replace("{% for m in messages %}", (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
+    "assistant.<|im_end|>\n' }}{% endif %}"))
+QWEN3 = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last %}
+        {{- '<|im_start|>' + m.role + '\\n<think>\\n\\n</think>\\n\\n' + m.content.lstrip('\\n') + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
+    "'roles must alternate') }}{% endif %}{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
+    "{% set role = m['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + "
+    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}")
+OLMO2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|system|>\n' + m['content'] + '\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + '\n' }}{% elif m['role'] == 'assistant' %}"
+    "{% if not loop.last %}{{ '<|assistant|>\n' + m['content'] + eos_token + '\n' }}{% else %}{{ '<|assistant|>\n'"
+    " + m['content'] + eos_token }}{% endif %}{% endif %}{% if loop.last and add_generation_prompt %}"
+    "{{ '<|assistant|>\n' }}{% endif %}{% endfor %}")
+GENERATION = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}[B]{% generation %}{{ m.content }}"
+              "{{ eos_token }}{% endgeneration %}{% else %}[{{ m.role }} {{ strftime_now('%Y') }}]{{ m.content }}"
+              "{% if m.role == 'system' %}{% continue %}{% endif %}{% endif %}{% endfor %}")
+BOS, EOS = "<|endoftext|>", "<|im_end|>"
+THINK = "<think>\n\n</think>\n\n"
+# template, its bos and eos, and what it writes without and with an instruction
+TEMPLATES = {
+    "chatml": (CHATML, "", EOS, "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n",
+               "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"),
+    "qwen2": (QWEN2, "", EOS, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+              "U<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n",
+              "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"),
+    "qwen3": (QWEN3, "", EOS, f"<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n{THINK}A<|im_end|>\n",
+              "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+              f"<|im_start|>assistant\n{THINK}A<|im_end|>\n"),
+    "gemma": (GEMMA, "<bos>", "<eos>", "<bos><start_of_turn>user\nU<end_of_turn>\n<start_of_turn>model\n"
+              "A<end_of_turn>\n", "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n"
+              "A<end_of_turn>\n"),
+    "olmo2": (OLMO2, BOS, BOS, f"{BOS}<|user|>\nU\n<|assistant|>\nA{BOS}",
+              f"{BOS}<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA{BOS}"),
+    "generation": (GENERATION, "<bos>", "<eos>", "<bos>[user 2024]U[B]A<eos>",
+                   "<bos>[system 2024]S[user 2024]U[B]A<eos>")}
+SPECIAL = ["<bos>", "<eos>", BOS, "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
+
+
+@pytest.fixture(scope="session")
+def library_tokenizer():
+    """A small byte-level tokenizer with the special tokens of all these, and two that are not special."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([text for pair in PAIRS for text in pair], trainers.BpeTrainer(
+        vocab_size=280, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    made.add_tokens(["<think>", "</think>"])
+    made.enable_truncation(3)  # what some files have, and what must not cut a text
+    return made
+
+
+def add_tokenizer(folder, made, name):
+    template, bos, eos, *_ = TEMPLATES[name]
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": bos or None, "eos_token": {"content": eos}, "chat_template": template}))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template(name, tmp_path, library_tokenizer):
+    """Main is what the template writes, cut at the marks; views are one turn each; the end token ends it."""
+    add_tokenizer(tmp_path, library_tokenizer, name)
+    ours = LibraryTokenizer(tmp_path)
+    for system, written in zip(("", "S"), TEMPLATES[name][3:], strict=True):
+        views = render_views(Example("U", "A", system=system), ours)
+        assert ours.decode(views.main) == written
+        before, code, after = written.partition("A")
+        assert views.main[:-len(ours.format.closing["assistant"])] == [
+            *render_prompt(Example("U", "A", system=system), ours), *ours.encode("A")]
+        assert ours.decode(ours.format.closing["assistant"]) == after
+        assert after.startswith(ours.decode([ours.format.end])) and ours.format.end in range(len(SPECIAL))
+        assert ours.decode(views.stem).endswith("U") and "S" not in ours.decode(views.stem).replace("[user", "")
+        assert ours.decode(views.enc).endswith("A") and "U" not in ours.decode(views.enc)
+
+
+@pytest.mark.parametrize("template,why", [
+    ("{{ messages[0].content }}", "drops, doubles or changes a turn"),
+    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "drops, doubles or changes"),
+    ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "drops, doubles or changes"),
+    ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "ends an answer with ''"),
+    ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "not begin with a special token"),
+    ("{{ ''.__class__ }}{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    ("{% for m in ", "TemplateSyntaxError"), ("", "has no chat template: --format names one of plain, llama3")])
+def test_a_template_that_cannot_be_cut(template, why, tmp_path, library_tokenizer):
+    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(BadInput, match=why) as error:
+        LibraryTokenizer(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_library_tokenizer(tmp_path, library_tokenizer):
+    """The library's ids; special tokens named in a text are text; a format of ours by name; save and load."""
+    add_tokenizer(tmp_path, library_tokenizer, "chatml")
+    ours, theirs = LibraryTokenizer(tmp_path, V), library_tokenizer
+    theirs.no_truncation()
+    for text, code in PAIRS:
+        for said in (text, code, f"{text}\n\n  {code}é✓"):
+            assert ours.encode(said) == theirs.encode(said).ids and ours.decode(ours.encode(said)) == said
+    special = range(len(SPECIAL))
+    assert not set(ours.encode("a<|im_end|>b<bos>")) & set(special)
+    assert ours.decode(ours.encode("a<|im_end|>b<bos>")) == "a<|im_end|>b<bos>"
+    assert ours.encode("<think>") == [theirs.token_to_id("<think>")]  # as in the library: it is not special
+    assert (ours.name(V), ours.name(4), ours.name(ours.encode("\n")[0])) == ("[PRED1]", "<|im_end|>", "\\n")
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    assert LibraryTokenizer(tmp_path / "again", V).format == ours.format
+    by_hand = LibraryTokenizer(tmp_path, format="chatml").format
+    assert (by_hand.opening, by_hand.closing, by_hand.end) == (
+        ours.format.opening, ours.format.closing, ours.format.end)
+    with pytest.raises(BadInput, match="--format llama3: the tokenizer has no"):
+        LibraryTokenizer(tmp_path, format="llama3")
+    with pytest.raises(BadInput, match="vocabulary lacks"):
+        LibraryTokenizer(tmp_path, 8).encode("a")
+
+
+def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
+    """The one of cases/format_against_the_template: tokens of Llama 3, a template that is ChatML after bos."""
+    json_tokenizer("llama3", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<|begin_of_text|>", "chat_template": "{{ bos_token }}" + CHATML}))
+    assert Tokenizer.load(tmp_path, format="llama3").format.name == "llama3"
+    note = capsys.readouterr().out
+    assert note.startswith("note: ") and note.count("\n") == 1 and "<|begin_of_text|><|im_start|>user" in note
+    own = Tokenizer.load(tmp_path, format="template")
+    assert capsys.readouterr().out == ""
+    assert own.decode(render_views(Example("U", "A"), own).main) == (
+        "<|begin_of_text|><|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    Tokenizer.load(tmp_path, format="chatml")
+    assert capsys.readouterr().out == ""
