@@ -1,5 +1,6 @@
 """support/hf.py: models, tokenizers and conversations of other families, held against transformers' own."""
 import json
+import os
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from conftest import PAIRS, json_tokenizer  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from test_train import assert_equal_runs, die_at_step, rows_of, untimed  # noqa: E402
 
+import eval  # noqa: E402
+import train  # noqa: E402
 from data import collate_fused, collate_three, render_prompt, render_views  # noqa: E402
 from jepa_loss import fused, three_pass  # noqa: E402
-from model import Predictor, Transformer  # noqa: E402
+from model import Predictor  # noqa: E402
 from support.files import BadInput  # noqa: E402
 from support.generation import generate, generate_slow  # noqa: E402
 from support.hf import HFModel  # noqa: E402
@@ -241,3 +246,117 @@ def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
     Tokenizer.load(tmp_path, format="chatml")
     assert capsys.readouterr().out == ""
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+TALKS = {"qwen2": "qwen2", "gemma2": "gemma", "gpt2": "olmo2"}
+
+
+@pytest.fixture
+def start(tmp_path, library_tokenizer):
+    """kind -> flags of a run from a tiny folder of that family."""
+    for name, numbers in (("train", range(24)), ("test", range(24, 30))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
+            {"role": "system", "content": "Count."}, {"role": "user", "content": f"number {i} {'dog ' * (i % 5)}"},
+            {"role": "assistant", "content": f"{i}[a-z]"}]}) + "\n" for i in numbers))
+
+    def make(kind, **shape):
+        family(kind, tmp_path / "base", **shape)
+        add_tokenizer(tmp_path / "base", library_tokenizer, TALKS.get(kind, "chatml"))
+        return ["--init_from", str(tmp_path / "base"), "--dataset", str(tmp_path / "train.jsonl"), "--test_file",
+                str(tmp_path / "test.jsonl"), "--batch_size", "8", "--max_steps", "4", "--checkpoint_every", "2",
+                "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu", "--lr", "1e-3"]
+    return make
+
+
+def go(argv, out, *flags):
+    return train.train(train.parse_config([*argv, "--out", str(out), *flags]))
+
+
+@pytest.mark.parametrize("flags", ["", "--lora_rank 2 --row_len 120 --grad_checkpointing"])
+@pytest.mark.parametrize("kind", TALKS)
+def test_a_whole_run(kind, flags, start, tmp_path, capsys):
+    """Trained, interrupted and resumed to the same bits, exported, read by transformers and by eval.py."""
+    argv, run, half = start(kind), tmp_path / "run", tmp_path / "half"
+    result = go(argv, run, *flags.split())
+    assert "in format template" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["format_in_use"] == "template"
+    die_at_step(3, [*argv, "--out", str(half), *flags.split()])
+    go(argv, half, *flags.split())
+    assert_equal_runs(run, half)
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run).eval()
+    ours, tokenizer, _ = eval.load_model(run, eval.EvalOptions(device="cpu"))
+    ids = torch.tensor([render_views(Example("number 7", "7", system="Count."), tokenizer).main])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+        assert (base(ids).logits - theirs(ids).logits).abs().max() > 1e-3
+    assert theirs.state_dict().keys() == base.state_dict().keys()
+    assert len(load_file(run / "pred_embedding.safetensors")["pred_embedding"]) == 1
+    assert load_file(run / "pred_embedding.safetensors")["pred_embedding"].shape == (1, C)
+    again = eval.score_run(run, eval.EvalOptions(device="cpu"))
+    assert untimed(again) == untimed(result)
+    assert json.loads((run / "config.json").read_text())["model_type"] == kind
+
+
+def test_three_passes_train_as_fused_does(start, tmp_path):
+    """And --layer, --target ema, --predictor in a whole run."""
+    argv = [*start("qwen2", num_hidden_layers=3), "--dtype", "float64", "--layer", "1", "--target", "ema",
+            "--predictor", "mlp"]
+    go(argv, tmp_path / "fused")
+    go(argv, tmp_path / "three", "--passes", "three")
+    assert_equal_runs(tmp_path / "fused", tmp_path / "three", 1e-6)
+    with pytest.raises(BadInput, match="--layer 2: transformers gives the last block's output only after"):
+        go([*argv, "--layer", "2"], tmp_path / "last")
+
+
+def test_a_llama_folder_by_both(start, tmp_path):
+    """--backend transformers on a Llama: the losses of model.py."""
+    argv, losses = [*start("llama"), "--format", "chatml", "--dtype", "float64"], []
+    for backend in ("ours", "transformers"):
+        go(argv, tmp_path / backend, "--backend", backend)
+        losses.append([row["loss"] for row in rows_of(tmp_path / backend) if "loss" in row])
+    assert len(losses[0]) == 4
+    torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-5, rtol=1e-5)
+    with pytest.raises(BadInput, match="model_type is 'qwen2', only 'llama' is known"):
+        go([*start("qwen2"), "--backend", "ours"], tmp_path / "wrong")
+
+
+CODE = """
+import os
+from transformers import LlamaConfig, LlamaForCausalLM
+os.environ["RAN"] = "yes"
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_the_folder_runs_only_by_its_flag(start, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAN", raising=False)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    argv, base = start("llama"), tmp_path / "base"
+    (base / "own.py").write_text(CODE)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {
+        "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}))
+    with pytest.raises(BadInput, match="transformers cannot load it"):
+        go(argv, tmp_path / "run")
+    assert "RAN" not in os.environ
+    go(argv, tmp_path / "run", "--trust_remote_code", "--max_steps", "1")
+    assert os.environ["RAN"] == "yes" and (tmp_path / "run" / "own.py").read_text() == CODE
+    with pytest.raises(BadInput, match="transformers cannot load it"):
+        eval.load_model(tmp_path / "run", eval.EvalOptions(device="cpu"))
+    eval.load_model(tmp_path / "run", eval.EvalOptions(device="cpu", trust_remote_code=True))
+
+
+def test_a_damaged_folder(tmp_path):
+    family("qwen2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="tensor model.norm.weight is missing"):
+        loaded(tmp_path)
