@@ -3,14 +3,8 @@
     uses_transformers   does a folder go through the library, or through model.py?
     HFModel             called like model.Transformer: model(ids, positions, mask), model.head(hidden)
 
-No family is named here. What a folder's model does is found out by three checks on a few random ids when it
-is loaded, and a model that fails one is refused by its name:
-
-    attention   PyTorch's kernels must give what the model's written-out attention gives, or that one is used
-                (the kernels know no cap on the scores)
-    head        head(hidden) must be the model's own logits
-    mask        a row of several segments must give what each gives alone (models that count columns instead
-                of reading positions, such as those with ALiBi, do not)
+No family is named here. What a folder's model does is found out by checks when it is loaded (hf_check.py);
+a model that fails one is refused by its name.
 
 Letters: B rows, T tokens in a row, S keys, C width, V vocabulary, k predictor tokens.
 """
@@ -25,6 +19,7 @@ from torch import Tensor, nn
 
 from support.checkpoint import load_extras, save_extras
 from support.files import BadInput, read_json
+from support.hf_check import brief, check
 
 BACKENDS = ("auto", "ours", "transformers")
 
@@ -69,7 +64,7 @@ class HFModel(nn.Module):
         self.lm, self.config, self.make_predictor = lm, shape_of(lm), make_predictor
         self.pred_embedding = None  # (k, C)
         self.predictor = None
-        self.embed_layer = -1
+        self.embed_layer, self.recompute = -1, False
         self.code = []  # files of Python in the folder, with --trust_remote_code
 
     def add_predictors(self, k: int, seed: int) -> None:
@@ -137,14 +132,14 @@ class HFModel(nn.Module):
 
     @property
     def grad_checkpointing(self) -> bool:
-        return self.lm.is_gradient_checkpointing
+        return self.recompute
 
     @grad_checkpointing.setter
     def grad_checkpointing(self, on: bool) -> None:
-        if on:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.lm.is_gradient_checkpointing:
-            self.lm.gradient_checkpointing_disable()
+        if on != self.recompute:
+            self.recompute = on
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False}) if on else (
+                self.lm.gradient_checkpointing_disable())
 
     def n_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
@@ -214,43 +209,3 @@ class HFModel(nn.Module):
         load_extras(model, Path(folder), dtype, model.config.dim)
         check(model.eval(), f"{folder}: {kind}")
         return model.train()
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
-def differ(a: Tensor, b: Tensor) -> bool:
-    """By more than rounding: a thousandth of b's root mean square."""
-    return not (a - b).abs().max() <= 1e-3 * b.square().mean().sqrt()
-
-
-@torch.no_grad()
-def check(model: HFModel, name: str) -> None:
-    """The three checks of this file's docstring. BadInput says which one the model fails."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, 13), generator=generator)
-    #          a stem, its two branches,   another root
-    segment = torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [3] * 4)
-    parent = torch.tensor([0] * 9 + [3] * 4)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 3]])
-    i, j = torch.arange(13)[:, None], torch.arange(13)
-    mask = (j <= i) & ((segment == segment[:, None]) | (segment == parent[:, None]))  # (T, T)
-    try:
-        fast = model(ids)
-        if model.lm.config._attn_implementation != "eager":
-            fastest = model.lm.config._attn_implementation
-            model.lm.set_attn_implementation("eager")
-            if not differ(fast, model(ids)):
-                model.lm.set_attn_implementation(fastest)
-        if differ(model.head(model(ids)), model.lm(ids).logits):
-            raise BadInput(f"{name}: its logits are not its head's output; not known here")
-        fused = model(ids, positions, mask[None, None])[0]  # (T, C)
-        for row in (range(7), [0, 1, 2, 3, 7, 8], range(9, 13)):
-            if differ(fused[list(row)], model(ids[:, list(row)])[0]):
-                raise BadInput(f"{name}: does not heed mask and positions (ALiBi?), so the views in a row "
-                               "would mix; not known here")
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{name}: takes no embeddings, positions and mask ({brief(error)})") from None

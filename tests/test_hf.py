@@ -17,7 +17,7 @@ import eval  # noqa: E402
 import train  # noqa: E402
 from data import collate_fused, collate_three, render_prompt, render_views  # noqa: E402
 from jepa_loss import fused, three_pass  # noqa: E402
-from model import Predictor  # noqa: E402
+from model import Predictor, Transformer  # noqa: E402
 from support.files import BadInput  # noqa: E402
 from support.generation import generate, generate_slow  # noqa: E402
 from support.hf import HFModel  # noqa: E402
@@ -88,6 +88,37 @@ def test_a_family(kind, tmp_path, tokenizer, examples):
             torch.testing.assert_close(grad, grads[name], atol=20 * near, rtol=20 * near)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [17]]
     assert generate(model, prompts, 1, 6) == [generate_slow(model, prompt, 1, 6) for prompt in prompts]
+
+
+def test_what_the_checks_find(tmp_path, monkeypatch):
+    """Each alone: logits that are not the head's, a mask and positions that are not heeded, attention by
+    kernels that are not the model's."""
+    family("granite", tmp_path)
+    forward = HFModel.forward
+    for method, wrong, why in (
+            ("head", lambda self, hidden: self.lm.get_output_embeddings()(hidden), "its logits are not"),
+            ("forward", lambda self, ids, positions=None, mask=None, **more: forward(self, ids, positions), "heed"),
+            ("forward", lambda self, ids, positions=None, mask=None, **more: forward(self, ids, None, mask), "heed"),
+            ("forward", lambda self, ids: forward(self, ids), "takes no embeddings, positions and mask")):
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match=why):
+            patch.setattr(HFModel, method, wrong)
+            loaded(tmp_path)
+    assert loaded(tmp_path).lm.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(HFModel, "forward", lambda self, *inputs: forward(self, *inputs) * (
+        1.01 if self.lm.config._attn_implementation == "sdpa" else 1))
+    assert loaded(tmp_path).lm.config._attn_implementation == "eager"
+
+
+def test_a_sliding_window_never_slides(tmp_path):
+    """The context is capped at it, and up to there a row of segments is what three passes are."""
+    family("mistral", tmp_path, sliding_window=24)
+    model, theirs = loaded(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double()
+    assert model.config.max_seq_len == 24
+    ids = torch.randint(V, (1, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        for mask in (None, torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()):
+            torch.testing.assert_close(model.head(model(ids, None, mask)), wanted, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["mpt", "bloom"])
@@ -320,6 +351,11 @@ def test_a_llama_folder_by_both(start, tmp_path):
         losses.append([row["loss"] for row in rows_of(tmp_path / backend) if "loss" in row])
     assert len(losses[0]) == 4
     torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-5, rtol=1e-5)
+    ours, theirs = Transformer.from_pretrained(tmp_path / "ours"), loaded(tmp_path / "ours", torch.float32)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        for a, b in zip(ours(ids, layer=0), theirs(ids, layer=0), strict=True):
+            torch.testing.assert_close(a.float(), b, atol=1e-5, rtol=1e-5)
     with pytest.raises(BadInput, match="model_type is 'qwen2', only 'llama' is known"):
         go([*start("qwen2"), "--backend", "ours"], tmp_path / "wrong")
 
