@@ -410,8 +410,9 @@ def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dat
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
-          f"{len(data.train)} examples in format {tokenizer.format.name}, {length} on {distributed.world} x {device} "
-          f"in {dtype}; run folder {run.folder}{f', from step {start}' if start else ''}", flush=True)
+          f"{len(data.train)} examples in format {tokenizer.format.name}, {length} on {distributed.world} x "
+          f"{device} in {dtype}; run folder {run.folder}"
+          f"{f', from step {start}' if start else ''}", flush=True)
 
     steps, logged, saved = range(start, total), seen, start
     batches_of_steps = prefetch(make, steps) if c.prefetch else map(make, steps)

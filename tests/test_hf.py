@@ -27,12 +27,15 @@ from tasks.datasets import Example  # noqa: E402
 
 V, C = 300, 32
 SHAPE = dict(vocab_size=V, hidden_size=C, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+             num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+             pad_token_id=1)
 KINDS = {"sliding_window": 96, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
-    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "olmo": {}, "olmo2": {}, "mistral": {"sliding_window": 64},
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "olmo": {}, "olmo2": {},
+    "mistral": {"sliding_window": 64},
     "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, **KINDS},
-    "gemma3_text": {"head_dim": 8, **KINDS}, "smollm3": {"no_rope_layers": [1, 0]}, "phi": {}, "phi3": {},
+    "gemma3_text": {"head_dim": 8, **KINDS}, "smollm3": {"no_rope_layers": [1, 0]},
+    "phi": {}, "phi3": {},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2}, "gpt_neox": {},
     "gpt2": {"n_embd": C, "n_layer": 2, "n_head": 4, "n_positions": 128}, "cohere": {"logit_scale": 0.3},
     "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
@@ -97,8 +100,8 @@ def test_what_the_checks_find(tmp_path, monkeypatch):
     forward = HFModel.forward
     for method, wrong, why in (
             ("head", lambda self, hidden: self.lm.get_output_embeddings()(hidden), "its logits are not"),
-            ("forward", lambda self, ids, positions=None, mask=None, **more: forward(self, ids, positions), "heed"),
-            ("forward", lambda self, ids, positions=None, mask=None, **more: forward(self, ids, None, mask), "heed"),
+            ("forward", lambda self, ids, positions=None, mask=None: forward(self, ids, positions), "heed"),
+            ("forward", lambda self, ids, positions=None, mask=None: forward(self, ids, None, mask), "heed"),
             ("forward", lambda self, ids: forward(self, ids), "takes no embeddings, positions and mask")):
         with monkeypatch.context() as patch, pytest.raises(BadInput, match=why):
             patch.setattr(HFModel, method, wrong)
@@ -130,48 +133,49 @@ def test_alibi_is_refused_by_the_check(kind, tmp_path):
 
 # ---- conversations and tokenizers --------------------------------------------------------------------------
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' "
+          "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 QWEN2 = CHATML.replace("{% for m in messages %}", (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
-    "assistant.<|im_end|>\n' }}{% endif %}"))
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful assistant.<|im_end|>\n' }}{% endif %}"))
 QWEN3 = """{%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for m in messages %}
     {%- if m.role == 'assistant' and loop.index0 > ns.last %}
-        {{- '<|im_start|>' + m.role + '\\n<think>\\n\\n</think>\\n\\n' + m.content.lstrip('\\n') + '<|im_end|>\\n' }}
+        {{- '<|im_start|>' + m.role + '\\n<think>\\n\\n</think>\\n\\n' }}
+        {{- m.content.lstrip('\\n') + '<|im_end|>\\n' }}
     {%- else %}
         {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
-    "'roles must alternate') }}{% endif %}{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported')"
+    " }}{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
     "{% set role = m['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + "
     "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}")
 OLMO2 = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|system|>\n' + m['content'] + '\n' }}"
-    "{% elif m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + '\n' }}{% elif m['role'] == 'assistant' %}"
-    "{% if not loop.last %}{{ '<|assistant|>\n' + m['content'] + eos_token + '\n' }}{% else %}{{ '<|assistant|>\n'"
-    " + m['content'] + eos_token }}{% endif %}{% endif %}{% if loop.last and add_generation_prompt %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|system|>\n' + m['content'] + "
+    "'\n' }}{% elif m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + '\n' }}{% elif m['role'] == "
+    "'assistant' %}{% if not loop.last %}{{ '<|assistant|>\n' + m['content'] + eos_token + '\n' }}{% else %}"
+    "{{ '<|assistant|>\n' + m['content'] + eos_token }}{% endif %}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}"
     "{{ '<|assistant|>\n' }}{% endif %}{% endfor %}")
-GENERATION = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}[B]{% generation %}{{ m.content }}"
-              "{{ eos_token }}{% endgeneration %}{% else %}[{{ m.role }} {{ strftime_now('%Y') }}]{{ m.content }}"
+GENERATION = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}[B]{% generation %}"
+              "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}"
+              "[{{ m.role }} {{ strftime_now('%Y') }}]{{ m.content }}"
               "{% if m.role == 'system' %}{% continue %}{% endif %}{% endif %}{% endfor %}")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 THINK = "<think>\n\n</think>\n\n"
+TALK = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+ASKED = "<|im_start|>system\nS<|im_end|>\n"
 # template, its bos and eos, and what it writes without and with an instruction
 TEMPLATES = {
-    "chatml": (CHATML, "", EOS, "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n",
-               "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"),
-    "qwen2": (QWEN2, "", EOS, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-              "U<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n",
-              "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"),
-    "qwen3": (QWEN3, "", EOS, f"<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n{THINK}A<|im_end|>\n",
-              "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
-              f"<|im_start|>assistant\n{THINK}A<|im_end|>\n"),
+    "chatml": (CHATML, "", EOS, TALK, ASKED + TALK),
+    "qwen2": (QWEN2, "", EOS, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TALK,
+              ASKED + TALK),
+    "qwen3": (QWEN3, "", EOS, TALK.replace("A", THINK + "A"), ASKED + TALK.replace("A", THINK + "A")),
     "gemma": (GEMMA, "<bos>", "<eos>", "<bos><start_of_turn>user\nU<end_of_turn>\n<start_of_turn>model\n"
               "A<end_of_turn>\n", "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n"
               "A<end_of_turn>\n"),
@@ -206,7 +210,7 @@ def add_tokenizer(folder, made, name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_chat_template(name, tmp_path, library_tokenizer):
-    """Main is what the template writes, cut at the marks; views are one turn each; the end token ends it."""
+    """Main is what the template writes; views are one turn each; the end token ends an answer."""
     add_tokenizer(tmp_path, library_tokenizer, name)
     ours = LibraryTokenizer(tmp_path)
     for system, written in zip(("", "S"), TEMPLATES[name][3:], strict=True):
@@ -217,7 +221,7 @@ def test_a_chat_template(name, tmp_path, library_tokenizer):
             *render_prompt(Example("U", "A", system=system), ours), *ours.encode("A")]
         assert ours.decode(ours.format.closing["assistant"]) == after
         assert after.startswith(ours.decode([ours.format.end])) and ours.format.end in range(len(SPECIAL))
-        assert ours.decode(views.stem).endswith("U") and "S" not in ours.decode(views.stem).replace("[user", "")
+        assert ours.decode(views.stem).endswith("U") and "S" not in ours.decode(views.stem)
         assert ours.decode(views.enc).endswith("A") and "U" not in ours.decode(views.enc)
 
 
@@ -228,7 +232,8 @@ def test_a_chat_template(name, tmp_path, library_tokenizer):
     ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "ends an answer with ''"),
     ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "not begin with a special token"),
     ("{{ ''.__class__ }}{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-    ("{% for m in ", "TemplateSyntaxError"), ("", "has no chat template: --format names one of plain, llama3")])
+    ("{% for m in ", "TemplateSyntaxError"),
+    ("", "has no chat template: --format names one of plain, llama3")])
 def test_a_template_that_cannot_be_cut(template, why, tmp_path, library_tokenizer):
     library_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -263,7 +268,7 @@ def test_library_tokenizer(tmp_path, library_tokenizer):
 
 
 def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
-    """The one of cases/format_against_the_template: tokens of Llama 3, a template that is ChatML after bos."""
+    """Tokens of Llama 3 and of ChatML, a template that is ChatML after bos: what is written is said."""
     json_tokenizer("llama3", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<|begin_of_text|>", "chat_template": "{{ bos_token }}" + CHATML}))
@@ -281,6 +286,8 @@ def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
+SHORT = ("--batch_size 8 --max_steps 4 --checkpoint_every 2 --log_every 1 --max_new_tokens 6 --device cpu "
+         "--lr 1e-3")
 TALKS = {"qwen2": "qwen2", "gemma2": "gemma", "gpt2": "olmo2"}
 
 
@@ -289,15 +296,15 @@ def start(tmp_path, library_tokenizer):
     """kind -> flags of a run from a tiny folder of that family."""
     for name, numbers in (("train", range(24)), ("test", range(24, 30))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
-            {"role": "system", "content": "Count."}, {"role": "user", "content": f"number {i} {'dog ' * (i % 5)}"},
+            {"role": "system", "content": "Count."},
+            {"role": "user", "content": f"number {i} {'dog ' * (i % 5)}"},
             {"role": "assistant", "content": f"{i}[a-z]"}]}) + "\n" for i in numbers))
 
     def make(kind, **shape):
         family(kind, tmp_path / "base", **shape)
         add_tokenizer(tmp_path / "base", library_tokenizer, TALKS.get(kind, "chatml"))
-        return ["--init_from", str(tmp_path / "base"), "--dataset", str(tmp_path / "train.jsonl"), "--test_file",
-                str(tmp_path / "test.jsonl"), "--batch_size", "8", "--max_steps", "4", "--checkpoint_every", "2",
-                "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu", "--lr", "1e-3"]
+        return ["--init_from", str(tmp_path / "base"), "--dataset", str(tmp_path / "train.jsonl"),
+                "--test_file", str(tmp_path / "test.jsonl"), *SHORT.split()]
     return make
 
 
