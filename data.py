@@ -14,6 +14,7 @@ Pairs are read by tasks/datasets.py, tokenized by support/tokenizer.py.
 Letters: B rows, T tokens in a row, N pairs with views, M labels, k predictor tokens.
 """
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -55,7 +56,7 @@ DEFAULT_VIEWS = ViewOptions()
 
 
 class Views(NamedTuple):
-    """One pair as token ids; the embedding of a view is the hidden state of its last token."""
+    """One pair as token ids."""
     main: list[int]  # <|begin|> TEXT <|sep|> CODE <|end|>, or the conversation of another format
     labels: list[int]  # labels[i]: the id that main[i] must predict, or -100
     stem: list[int]  # the view that predicts, without the [PRED] after it: <|begin|> TEXT
@@ -114,7 +115,7 @@ def fit(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len: int, on_
         o: ViewOptions = DEFAULT_VIEWS) -> tuple[Sequence[Example], np.ndarray]:
     """The examples whose sequences fit into max_seq_len tokens, and the tokens of main of each (N,). A longer
     one is BadInput, or dropped (on_long="drop"): never cut."""
-    fitting, lengths = [], []
+    fitting, lengths = array("q"), array("q")  # a million examples take 16 MB
     for i, example in enumerate(examples):
         try:
             views = render_views(example, tokenizer, o)

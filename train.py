@@ -12,7 +12,8 @@ A run folder holds run.json (settings, data, versions), metrics.jsonl (an object
 of the loss, unweighted; `tokens` counts next-token targets only), state.pt (the last checkpoint), and at the
 end the model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same
 command started again goes on where the last one left it, and ends with the same weights, bit for bit on a
-CPU: nothing in a run depends on anything but (seed, step). """
+CPU: nothing in a run depends on anything but (seed, step).
+"""
 import copy
 import json
 import math
@@ -121,8 +122,8 @@ class Config(ViewOptions):
 
     seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = of_run(
-        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is native; tf32: "
-                "products of 10 bits, on CUDA")
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is native; "
+                "tf32: products of 10 bits, on CUDA")
     row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one a row", low=0,
                           needs="passes=fused")
     max_new_tokens: int = of_run(0, "longest answer; 0: 1.5 times the longest of train", low=0,
@@ -390,8 +391,8 @@ def score_epoch(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, d
     return result["seconds"]
 
 
-def fit(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset, lengths: np.ndarray,
-        device: torch.device) -> None:
+def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,
+                  lengths: np.ndarray, device: torch.device) -> None:
     """All steps that the run still lacks; lengths (N,): tokens of main of data.train."""
     dtype = run.record["dtype"]
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
@@ -481,7 +482,7 @@ def train(c: Config) -> dict:
         if (folder / "eval.json").exists():
             print(f"{folder}: finished before")
             return read_json(folder / "eval.json")
-        fit(c, run, model, tokenizer, data, lengths, device)
+        training_loop(c, run, model, tokenizer, data, lengths, device)
         return {} if distributed.rank else finish(c, folder, model, tokenizer, data, limit)
 
 

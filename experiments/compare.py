@@ -80,9 +80,9 @@ def settings_of(result: dict) -> dict:
         config["max_flops"] = "matched"
     left_out = {"seed", *with_identity(train.Config, "nothing"), *with_identity(train.Config, "content")}
     left_out |= set(LENGTH if config["max_flops"] else ())
-    settings = {"lam": config["lam"]} | {name: x for name, x in config.items() if name not in left_out}
-    base = result.get("init_run") or str(result["init"])
-    return settings | {"dtype": result["dtype"], "init_from": base}
+    config |= {"dtype": result["dtype"]}
+    settings = {name: config[name] for name in ("lam", *sorted(config)) if name not in left_out}
+    return settings | {"init_from": result.get("init_run") or str(result["init"])}
 
 
 def variants_of(results: dict[str, dict]) -> list[Variant]:

@@ -141,8 +141,9 @@ tables() {  # each table of RESULTS.md with all its columns
         section=${command#*results/}
         section=${section%%/*}
         wide=${command% --narrow}
+        table=$(eval "$wide")
         [ "$section" = "$last" ] || : > "experiments/results/tables/$section.md"
-        printf '```bash\n%s\n```\n\n%s\n\n' "$wide" "$(eval "$wide")" >> "experiments/results/tables/$section.md"
+        printf '```bash\n%s\n```\n\n%s\n\n' "$wide" "$table" >> "experiments/results/tables/$section.md"
         last=$section
     done
 }

@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary (arXiv 1508.07909), trained on a corpus: `train_bpe`.
+"""A byte-level BPE vocabulary (arXiv 1508.07909), trained on a corpus.
 
 minbpe's train() counts all pairs again for every merge. But here a merge costs as much as it has places: on
 100,000 lines of 100 Chinese characters, without a space, 256 merges take seconds instead of half an hour.
@@ -86,11 +86,8 @@ class Pieces:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Byte-level BPE: from the 256 bytes on, the most frequent pair of neighbours becomes one token, over and
-    over. A tie goes to the pair with the lowest ids.
-
-    Returns tiktoken's mergeable ranks, at most vocab_size of them: fewer where nothing is left to merge.
-    """
+    """From the 256 bytes on, the most frequent pair of neighbours becomes one token, over and over. Returns
+    tiktoken's mergeable ranks, at most vocab_size of them: fewer where nothing is left to merge."""
     tokens = [bytes([byte]) for byte in range(256)]
     with tqdm(total=vocab_size - 256, desc="training the vocabulary", unit="token", delay=2, mininterval=1,
               leave=False, disable=rank > 0) as bar:  # appears after two seconds

@@ -46,8 +46,8 @@ def rope_scaling(path: Path, scaling: dict) -> dict | None:
 
 
 def read_config(path: Path) -> dict:
-    """The fields of a ModelConfig; a missing key has the default of transformers' LlamaConfig. BadInput if
-    model.py is another kind of model than the file describes."""
+    """The fields of a ModelConfig, with LlamaConfig's defaults; BadInput if the file describes what model.py
+    is not."""
     theirs = read_json(path)
     for key, only in (FIXED | {"quantization_config": None}).items():
         value = theirs.get(key, None if key == "model_type" else only)
@@ -90,8 +90,7 @@ def opened(path: Path):
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor: model.safetensors, or the shards that an index names. Left out are the rope
-    tables of old checkpoints."""
+    """The file of every tensor, single or sharded; without the rope tables of old checkpoints."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         with opened(single) as file:
@@ -105,10 +104,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def load_tensor(path: Path, name: str, shape: tuple, dtype: torch.dtype | None) -> Tensor:
-    """One tensor of a safetensors file, in this dtype (None: as it is stored); None in shape: any size but 0.
-
-    As it is stored, it is mapped from the file. Converted, it is a copy, and the mapping's pages are freed.
-    """
+    """One tensor of a safetensors file, a copy in this dtype (None: mapped from the file, as it is stored).
+    None in shape: any size but 0."""
     with opened(path) as file:
         stored, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
         if len(stored) != len(shape) or 0 in stored or any(
@@ -133,11 +130,8 @@ def load_extras(model: nn.Module, folder: Path, dtype: torch.dtype | None, width
 
 
 def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.dtype | None) -> nn.Module:
-    """build(fields of a ModelConfig), with the stored tensors as its parameters; dtype: see load_tensor.
-
-    Every tensor goes straight from its file into its parameter: the peak of memory is the weights and one
-    tensor. BadInput names the file, and a tensor that is missing, unknown, misshapen or of another type.
-    """
+    """build(fields of a ModelConfig), with the stored tensors as its parameters, one by one: the peak of
+    memory is the weights and one tensor. dtype: see load_tensor. BadInput names the file, and the tensor."""
     config, stored = read_config(folder / "config.json"), tensor_files(folder)
     if config["n_layers"] > len(stored):  # or a wrong number could build a billion blocks
         raise BadInput(f"{folder}: has fewer tensors than config.json has layers")
@@ -158,38 +152,37 @@ def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.d
     return model
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically; OSError if the disk does not take it."""
-    try:
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
-
-
-def save_extras(folder: Path, pred: Tensor | None, head: dict[str, Tensor]) -> None:
-    """Write what load_extras reads; files of a model that was here before are removed."""
-    rows = {"pred_embedding": pred} if pred is not None else {}
-    for file, own in ((PRED_FILE, rows), (HEAD_FILE, head)):
-        if own:
-            save_tensors(folder / file, {name: weight.detach().cpu() for name, weight in own.items()})
-        else:
+def save_tensors(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
+    """Write these safetensors files, atomically; OSError if the disk does not take one."""
+    for file, tensors in files.items():
+        if not tensors:  # of a model that was here before
             (folder / file).unlink(missing_ok=True)
+            continue
+        try:
+            with atomic(folder / file) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file}: cannot be written ({error})") from None
 
 
 def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
-    """Write what transformers reads, and the [PRED] rows. config: the fields of a ModelConfig; weights: the
-    parameters by name. ValueError if there are adapters among them."""
+    """Write what transformers reads, the [PRED] rows and the head. config: the fields of a ModelConfig;
+    weights: the parameters by name, ValueError if there are adapters among them."""
     if any("lora_" in name for name in weights):
         raise ValueError("merge_lora first: a Hugging Face folder has no place for adapters")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {hf_name(name): weight.detach().cpu() for name, weight in weights.items()}
-    pred = tensors.pop(hf_name("pred_embedding"), None)
-    head = {name: tensors.pop(hf_name(name)) for name in weights if name.startswith("predictor.")}
     dtype = str(weights["embed_tokens.weight"].dtype).removeprefix("torch.")
     entries = {"architectures": ["LlamaForCausalLM"], "bos_token_id": None, "eos_token_id": None,
                **config["others"], **FIXED, "torch_dtype": dtype, "rope_scaling": config["rope_scaling"],
                **{theirs: config[ours] for ours, (theirs, _) in HF_NAMES.items()}}
     write_text(folder / "config.json", json.dumps(entries, indent=2) + "\n")
-    save_tensors(folder / "model.safetensors", tensors)
-    save_extras(folder, pred, {name.removeprefix("predictor."): weight for name, weight in head.items()})
+    files = {"model.safetensors": {}, PRED_FILE: {}, HEAD_FILE: {}}
+    for name, weight in weights.items():
+        if name == "pred_embedding":
+            file, key = PRED_FILE, name
+        elif name.startswith("predictor."):
+            file, key = HEAD_FILE, name.removeprefix("predictor.")
+        else:
+            file, key = "model.safetensors", hf_name(name)
+        files[file][key] = weight.detach().cpu()
+    save_tensors(folder, files)

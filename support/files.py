@@ -4,7 +4,6 @@ Every mistake that a user can make (a flag, a file, a line, a tensor) is raised 
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
 written through `atomic`: a reader sees the old file or the new one, never a half.
 """
-import argparse
 import contextlib
 import glob
 import hashlib
@@ -23,12 +22,11 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; it becomes `path` when the block ends, and vanishes when it
-    raises. Raises OSError (full disk, read-only folder); `path` is untouched then.
+    """Yield a temporary path beside `path`. It becomes `path` when the block ends, and vanishes when it
+    raises; an OSError (full disk, read-only folder) leaves `path` as it was.
 
-    The temporary file has a name of its own and is created exclusively: two processes do not write into one,
-    and no link that stands there is followed. One that was not written to for an hour is a killed process's
-    and is removed.
+    The temporary file is created exclusively, under a random name: no two processes write into one, and no
+    link is followed. One that is an hour old is a killed process's, and is removed.
     """
     path = Path(path)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
@@ -53,32 +51,28 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(content: bytes, where: str | Path) -> dict:
+    """A JSON object; BadInput, which begins with `where`, if it is none."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
+        raise BadInput(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
-        raise BadInput(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that guesses at no abbreviation and whose errors are BadInput."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        raise BadInput(f"{message}; see --help")
 
 
 class Interrupts:
@@ -112,7 +106,7 @@ def main_guard():
     """Around a program's main(): a mistake of the user or of the disk is one line on stderr and exit status
     2; a signal is one line and, as shells have it, 128 + its number."""
     old = {number: signal.signal(number, interrupts) for number in SIGNALS
-           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some, for a reason
+           if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some on purpose
     try:
         yield
     except (BadInput, OSError) as error:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.checkpoint import load_extras, save_extras
+from support.checkpoint import HEAD_FILE, PRED_FILE, load_extras, save_tensors
 from support.files import BadInput, read_json
 from support.hf_check import brief, check
 
@@ -179,8 +179,12 @@ class HFModel(nn.Module):
         self.lm.save_pretrained(folder)
         for path in self.code:
             shutil.copy(path, Path(folder) / path.name)
-        head = {} if self.predictor is None else dict(self.predictor.named_parameters())
-        save_extras(Path(folder), self.pred_embedding, head)
+        own = {PRED_FILE: {}, HEAD_FILE: {}}
+        if self.pred_embedding is not None:
+            own[PRED_FILE]["pred_embedding"] = self.pred_embedding.detach().cpu()
+        if self.predictor is not None:
+            own[HEAD_FILE] |= {name: w.detach().cpu() for name, w in self.predictor.named_parameters()}
+        save_tensors(Path(folder), own)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,

@@ -1,9 +1,5 @@
 """LoRA (arXiv 2106.09685): train a low-rank change of each projection and leave its weight as it is.
 
-    Projection   a linear layer that may carry an adapter
-    add_lora     an adapter for every Projection of a model
-    merge_lora   add the adapters to the weights
-
 Letters: r rank of the change, n_in and n_out widths of a projection.
 """
 import torch
@@ -12,11 +8,8 @@ from torch import Tensor, nn
 
 
 class Projection(nn.Linear):
-    """x W', and with an adapter x W' + 2 dropout(x) A' B'.
-
-    The factor is alpha / r with alpha = 2 r, as in the LLM-JEPA paper's code. B starts as 0, so an untrained
-    adapter changes nothing.
-    """
+    """x W', and with an adapter x W' + 2 dropout(x) A' B'. The factor is alpha / r with alpha = 2 r, as in
+    the LLM-JEPA paper's code. B starts as 0, so an untrained adapter changes nothing."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)

@@ -1,6 +1,7 @@
 """A run folder: run.json, which says what the run is; metrics.jsonl; state.pt, the last checkpoint; and at
 the end the model and eval.json. A run goes on only where its settings, data and base model are those of
 run.json."""
+import contextlib
 import json
 import os
 import subprocess
@@ -17,10 +18,11 @@ try:
 except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
+# What scoring a run needs of run.json, and of its config
 RECORDED = {"config": dict, "files": dict, "init": dict, "source": str, "dtype": str, "system": str,
             "max_new_tokens": int}
 SCORED_WITH = {"dataset": str, "data_dir": str, "test_file": str, "eval_split": str, "on_long": str,
-               "n_train": int, "n_test": int}  # of its settings
+               "n_train": int, "n_test": int}
 
 
 def git_commit() -> str | None:
@@ -37,9 +39,9 @@ def read_run(folder: str | Path) -> dict:
     """What run.json holds; BadInput if it is another program's."""
     path = Path(folder) / "run.json"
     run = read_json(path)
-    if not (all(type(run.get(name)) is kind for name, kind in RECORDED.items())
-            and all(type(run["config"].get(name)) is kind for name, kind in SCORED_WITH.items())):
-        raise BadInput(f"{path}: damaged, or not written by this program's train.py")
+    for names, entries in ((RECORDED, run), (SCORED_WITH, run.get("config"))):
+        if any(type(entries.get(name)) is not kind for name, kind in names.items()):
+            raise BadInput(f"{path}: damaged, or not written by this program's train.py")
     return run
 
 
@@ -54,8 +56,8 @@ def trained_so_far(folder: Path) -> dict:
 
 
 def run_summary(folder: Path) -> dict:
-    """What a score is compared by: settings, data, versions, and what the training took. No place of this
-    machine is in it: of a path, its last part."""
+    """What a score is compared by: settings, data, versions, and what the training took. Of a path, only the
+    last part."""
     run = read_run(folder)
     config = {name: Path(value).name if isinstance(value, str) else value
               for name, value in run["config"].items() if name not in ("out", "data_dir")}
@@ -65,7 +67,7 @@ def run_summary(folder: Path) -> dict:
             "trained": trained_so_far(folder)}
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """An open run folder. The one process that `writes` has it for itself until it ends or closes it."""
 
     def __init__(self, folder: Path, record: dict, settings: type, former: dict, writes: bool = True):
@@ -73,8 +75,8 @@ class Run:
         run's (other settings, data or base model) or in use. settings, former: see settings.fill."""
         self.folder, self.log, self.last_line = folder, None, b""
         self.settings, self.former = settings, former
-        path, new = folder / "run.json", not (folder / "run.json").exists()
-        if new and folder.exists():
+        path = folder / "run.json"
+        if folder.exists() and not path.exists():
             for found in folder.iterdir():  # what a killed process can leave before run.json is there
                 if found.suffix != ".tmp" and (found.name != "metrics.jsonl" or found.stat().st_size):
                     raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
@@ -86,9 +88,8 @@ class Run:
                     fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BadInput(f"{folder}: another process is training here; choose another --out") from None
-            new = not path.exists()  # another process may have been here until now
         try:
-            if new:
+            if not path.exists():
                 write_text(path, json.dumps(record, indent=2) + "\n")
             self.record = read_run(folder)
             self.recognise(record)
@@ -111,9 +112,6 @@ class Run:
             if self.record.get(name) != record[name]:
                 print(f"note: {name} was {self.record.get(name)} when this run began, and is {record[name]} "
                       "now")
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -188,7 +186,7 @@ def read_metrics(path: Path, content: bytes) -> list[dict]:
         rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
         if all(type(row["step"]) is int for row in rows):
             return rows
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise BadInput(f"{path}: damaged; choose another --out")
 

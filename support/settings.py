@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from support.files import BadInput, Parser
+from support.files import BadInput
 
 
 def opt(default, help: str, group: str = "", needs: str = "", low=None, above=None, below=None,
@@ -55,14 +55,18 @@ def fill(cls: type, stored: dict, former: dict[str, Any]) -> dict:
 
 def parse(cls: type, argv: list[str] | None = None, description: str = "", positional: tuple[str, ...] = (),
           tuned: tuple[str, dict] = ("", {})):
-    """An instance of cls from the command line, and the names that were given. `problems` has still to be
-    asked.
+    """An instance of cls from the command line, not yet checked, and the names that were given.
 
     positional  names of fields that are given without a flag: a list[str] takes one or more
     tuned       (name, other defaults): they hold where the setting of this name is given
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS)
+    def refuse(message: str):
+        raise BadInput(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = refuse
     hints, groups = get_type_hints(cls), {"": parser}
     for f in fields(cls):
         hint, extra, meta = hints[f.name], {}, f.metadata
@@ -78,7 +82,8 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
             parser.add_argument(f.name, metavar=f.name.upper(), help=meta["help"], **extra)
             continue
         other = f"; with --{tuned[0]} {tuned[1][f.name]}" if f.name in tuned[1] else ""
-        shown = "" if f.default in (None, "", MISSING) else f" (default: {f.default}{other})"
+        silent = f.default in (None, "", MISSING) or "(default" in meta["help"]
+        shown = "" if silent else f" (default: {f.default}{other})"
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
         groups[meta["group"]].add_argument(f"--{f.name}", help=meta["help"] + shown, **extra)
@@ -153,7 +158,8 @@ def run_name(config, tuned: dict) -> str:
     for f in sorted(fields(config), key=lambda f: f.metadata["identity"] != "content"):
         value, identity = getattr(config, f.name), f.metadata["identity"]
         if identity == "content" and (value != f.default or not parts):
-            parts += [f.name.rpartition("_")[2]] * bool(parts) + [Path(value).name.removesuffix(".jsonl")]
+            parts += [f.name.rpartition("_")[2]] * bool(parts)
+            parts.append(Path(str(value)).name.removesuffix(".jsonl"))  # a stranger may have a number there
         elif identity == "value" and value != tuned.get(f.name, f.default) and not idle(f, config):
             parts.append(f.name + (f"{value:g}" if isinstance(value, float) else str(value)))
     return "-".join(parts)

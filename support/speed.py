@@ -1,6 +1,4 @@
-"""What keeps a processor busy, and is no part of the method: number types, batches of similar lengths, rows
-that are filled up, batches that a thread makes ahead of the step, and one shape for all of them, so that a
-compiled step is compiled once.
+"""What keeps a processor busy, and is no part of the method.
 
 A batch is a dataclass of tensors: (B, T) with B rows of T tokens, or flat positions, row * T + column, whose
 names end in _at.
@@ -17,17 +15,14 @@ import torch
 from torch import Tensor
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Does the processor multiply bfloat16 itself? Emulation is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
-                                        for name in ("avx512_bf16", "amx_bf16"))
-
-
 def forward_dtype(name: str, device: torch.device) -> str:
-    """The number type of the forward; auto: bfloat16 where it is native."""
-    return name if name != "auto" else "bfloat16" if native_bf16(device) else "float32"
+    """The number type of the forward; auto: bfloat16 where it is native (emulated, float32 is faster)."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return name if name != "auto" else "bfloat16" if native else "float32"
 
 
 def set_precision(dtype: str) -> None:

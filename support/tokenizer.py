@@ -1,10 +1,8 @@
 """Text to token ids and back: byte-level BPE (arXiv 1508.07909), encoded by tiktoken.
 
-    Format      how a conversation is written in tokens: plain, llama3, chatml
-    Tokenizer   a vocabulary of our own (bpe.py) or a checkpoint's: Llama-3's tokenizer.model, or a byte-level
-                tokenizer.json that cuts text like GPT-2, Llama-3, SmolLM2 or Qwen2; any other is refused
-
-Only a Format writes special tokens. In a user's text "<|end|>" is seven characters.
+A vocabulary is our own (bpe.py) or a checkpoint's: Llama-3's tokenizer.model, or a byte-level
+tokenizer.json that cuts text like GPT-2, Llama-3, SmolLM2 or Qwen2; any other is refused. Only a Format
+writes special tokens. In a user's text "<|end|>" is seven characters.
 """
 import base64
 import json
@@ -64,16 +62,14 @@ def byte_letters() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def flat_steps(stage: dict | None, key: str) -> list[dict]:
-    """The steps of a tokenizer.json's normalizer or pre_tokenizer. A Sequence holds its own under `key`."""
-    if stage is None or stage["type"] != "Sequence":
-        return [] if stage is None else [stage]
-    return [step for inner in stage[key] for step in flat_steps(inner, key)]
+def steps(stage: dict | None, key: str) -> list[dict]:
+    """Of a tokenizer.json's normalizer or pre_tokenizer. A Sequence holds its own under `key`."""
+    return stage.get(key, [stage]) if stage else []
 
 
-def known_pattern(steps: list[dict]) -> str | None:
-    """The one of the four patterns that cuts as these steps of a pre_tokenizer do, if any."""
-    match [{"use_regex": True, "invert": False} | step for step in steps]:
+def known_pattern(pre_tokenizer: dict | None) -> str | None:
+    """The one of the four patterns that cuts as this pre_tokenizer does, if any."""
+    match [{"use_regex": True, "invert": False} | step for step in steps(pre_tokenizer, "pretokenizers")]:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2
         case [{"type": "Digits", "individual_digits": True},
@@ -100,8 +96,8 @@ def apply_merges(token: bytes, merges: dict[tuple[bytes, bytes], int]) -> list[b
 def parse_tokenizer_json(content: dict) -> dict:
     """ranks, pattern, special and nfc of a byte-level tokenizer.json, as Tokenizer takes them.
 
-    tiktoken merges the pair whose token has the lowest id, merges any two tokens whose union is a token, and
-    keeps a piece whole that is a token. BadInput if the file's own rules could give other tokens.
+    tiktoken merges the two tokens whose union has the lowest id, and keeps a piece whole that is a token.
+    BadInput if the file's own rules could give other tokens.
     """
     def require(fact, otherwise: str) -> None:
         if not fact:
@@ -109,10 +105,10 @@ def parse_tokenizer_json(content: dict) -> dict:
 
     model, letters = content["model"], byte_letters()
     require(model.get("type", "BPE") == "BPE", f"a tokenizer of type {model.get('type')}")
-    normalizers = [step["type"] for step in flat_steps(content.get("normalizer"), "normalizers")]
+    normalizers = [step["type"] for step in steps(content.get("normalizer"), "normalizers")]
     require(normalizers in ([], ["NFC"]),
             f"its normalizer is {' + '.join(normalizers)} (a sentencepiece tokenizer?)")
-    pattern = known_pattern(flat_steps(content.get("pre_tokenizer"), "pretokenizers"))
+    pattern = known_pattern(content.get("pre_tokenizer"))
     require(pattern, f"its pre_tokenizer is {json.dumps(content.get('pre_tokenizer'))[:200]}")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         require(not model.get(key), f"its {key} is {model.get(key)!r}")
@@ -171,8 +167,7 @@ FORMATS = ("auto", *TEMPLATES, "template")
 
 @dataclass(frozen=True)
 class Format:
-    """A template in token ids: a conversation is `start`, then for every turn opening[role], what is said,
-    closing[role]."""
+    """A template in token ids: `start`, then for every turn opening[role], what is said, closing[role]."""
     name: str
     start: list[int]
     opening: dict[str, list[int]]
@@ -245,13 +240,12 @@ CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "specia
 class Tokenizer:
     """A tiktoken.Encoding, and the format of conversations.
 
-    ranks       token -> id; the pair whose token has the lowest id is merged first
-    pattern     a regex that cuts a text into pieces; tokens merge only inside a piece
-    special     special token -> id; None: those of the plain format, numbered after the ranks
-    nfc         whether texts are brought to Unicode's form NFC first
-    format      one of FORMATS but "template", or a function Tokenizer -> Format
-    vocab_size  V of the model, whose vocabulary may be larger than the tokenizer's; 0: no larger
-    files       name -> content, what `save` writes; None: the two files of a vocabulary of our own
+    ranks, pattern  token -> id, and the regex that cuts a text into pieces, see bpe.py
+    special         special token -> id; None: those of the plain format, numbered after the ranks
+    nfc             whether texts are brought to Unicode's form NFC first
+    format          one of FORMATS but "template", or a function Tokenizer -> Format
+    vocab_size      V of the model, whose vocabulary may be larger than the tokenizer's; 0: no larger
+    files           name -> content, what `save` writes; None: the two files of a vocabulary of our own
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special: dict[str, int] | None = None,
@@ -314,19 +308,18 @@ class Tokenizer:
     def load(cls, folder: str | Path, vocab_size: int = 0, format: str = "auto") -> "Tokenizer":
         """The tokenizer of a run of ours or of a checkpoint; BadInput names the file, and the line."""
         folder = Path(folder)
-        own = folder / "tokenizer_config.json"
-        pattern = read_json(own).get("pattern") if own.exists() else None
         files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
+        config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
         if "tokenizer.json" in files:
             options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}
         elif "tokenizer.model" not in files:
             raise BadInput(f"{folder / 'tokenizer.json'}: no such file, and no tokenizer.model either")
+        elif "pattern" in config:  # a vocabulary of our own
+            options = {"ranks": read_tiktoken(folder / "tokenizer.model"), "pattern": config["pattern"]}
         else:
             ranks = read_tiktoken(folder / "tokenizer.model")
             special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
             options = {"ranks": ranks, "pattern": LLAMA3, "special": special, "files": files}
-            if pattern is not None:  # a vocabulary of our own
-                options = {"ranks": ranks, "pattern": pattern}
 
         def own_template(self: "Tokenizer") -> Format:
             special = options.get("special") or {}

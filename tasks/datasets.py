@@ -1,9 +1,5 @@
 """Pairs of text and code: JSONL files, the published datasets, and how those are fetched.
 
-    read_jsonl      the examples of one file
-    load_dataset    the train and test pairs of a published dataset, of the NL-RX grammar or of your own files
-    download        the only function of this project that opens the network
-
 A line is {"text": ..., "code": ...} or {"messages": [...]}, where the user's message is the text and the
 assistant's is the code. It may also carry "text_view" and "code_view": what the views show instead.
 """
@@ -14,7 +10,6 @@ import mmap
 import re
 import shutil
 import urllib.request
-import zipfile
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.files import BadInput, atomic, sha256, write_text
+from support.files import BadInput, atomic, parse_json, sha256, write_text
 from tasks import nlrx
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -43,43 +38,35 @@ class Example:
 
 def read_line(line: bytes, where: str) -> Example:
     """The example on a line of a JSONL file; BadInput, which begins with `where`, if it is none."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
-        raise BadInput(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    row = parse_json(line, where)
     parts = {"text": row.get("text"), "code": row.get("code")}
     parts |= {name: row[name] for name in ("text_view", "code_view") if name in row}
     if "messages" in row:
         said = contents(row["messages"], where)
-        if said.keys() | {"system"} != {"system", "user", "assistant"}:
-            raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
         for name, role in (("text", "user"), ("code", "assistant")):
             if isinstance(row.get(name), list):  # hellaswag: the views are conversations of their own
                 parts[name + "_view"] = contents(row[name], where).get(role)
-        parts |= {"text": said["user"], "code": said["assistant"]}
+            parts[name] = said.get(role)
         if said.get("system"):
             parts["system"] = said["system"]
     for name, value in parts.items():
         if not isinstance(value, str) or not value:
             raise BadInput(f"{where}: {name} must be a non-empty string; a line is "
-                           '{"text": ..., "code": ...} or {"messages": [user, assistant]}')
+                           '{"text": ..., "code": ...} or {"messages": [...]}')
         if re.search("[\ud800-\udfff]", value):
             raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
     return Example(**parts, where=where)
 
 
 def contents(messages, where: str) -> dict:
-    """role -> content of a list of messages; BadInput if it is none or has a role twice."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                                 for m in messages):
-        raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
-    said = {message["role"]: message.get("content") for message in messages}
-    if len(said) < len(messages):
-        raise BadInput(f"{where}: needs one user and one assistant message, and at most a system one")
+    """role -> content of a list of messages; BadInput if it is none, or has another role or one twice."""
+    said = {}
+    for message in messages if isinstance(messages, list) else [None]:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant") or role in said:
+            raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}, one of the '
+                           "user, one of the assistant and at most one of the system")
+        said[role] = message.get("content")
     return said
 
 
@@ -158,8 +145,8 @@ def git_blob_id(path: Path) -> str:
 
 
 def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> dict[str, Path]:
-    """split -> file of the embedded nlrx_synth: distinct pairs of the grammar, written once (seed 0). The
-    names carry a hash of nlrx.py, so a changed grammar never meets old files."""
+    """split -> file of the embedded nlrx_synth, written once. The names carry a hash of nlrx.py, so that a
+    changed grammar never meets old files."""
     version = sha256(Path(nlrx.__file__))[:8]
     paths = {split: data_dir / f"generated_{version}_{split}.jsonl" for split in ("train", "test")}
     if not all(path.exists() for path in paths.values()):
@@ -171,23 +158,22 @@ def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> 
 
 
 def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, Path], str]:
-    """({split: file}, source) of a dataset. Published files are checked. Where there is none of nlrx_synth's,
-    the embedded grammar writes its own, so the two are never mixed up."""
+    """({split: file}, source) of a dataset. Published files are checked; where nlrx_synth has none at all,
+    the embedded grammar writes its own."""
     if name.endswith(".jsonl"):
         return {"train": Path(name)} | ({"test": Path(test_file)} if test_file else {}), "file"
     if name not in PUBLISHED:
         raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
     paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
+    if name == "nlrx_synth" and not any(path.exists() for path in paths.values()):
+        return generated_files(data_dir), "generated"
+    advice = f"run `python data.py download {name} --data_dir {data_dir}`"
     for split, path in paths.items():
         if path.exists() and git_blob_id(path) != PUBLISHED[name][split][1]:
-            raise BadInput(f"{path}: not the published file; "
-                           f"move it away and run `python data.py download {name}`")
-    missing = [path for path in paths.values() if not path.exists()]
-    if name == "nlrx_synth" and len(missing) == len(paths):
-        return generated_files(data_dir), "generated"
-    if missing:
-        raise BadInput(f"{missing[0]}: no such file; "
-                       f"run `python data.py download {name} --data_dir {data_dir}`")
+            raise BadInput(f"{path}: not the published file; move it away and {advice}")
+    for path in paths.values():
+        if not path.exists():
+            raise BadInput(f"{path}: no such file; {advice}")
     return paths, "published"
 
 
@@ -220,12 +206,12 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
     if eval_split == "valid":
         cut = len(train) - len(train) // 10
         train, test = train[:cut], train[cut:]
-        if not test:
-            raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
-    elif "test" not in paths:
-        raise BadInput(f"{name} has no test split: --eval_split valid")
-    else:
+    elif "test" in paths:
         test = read_jsonl(paths["test"])
+    else:
+        raise BadInput(f"{name} has no test split: --eval_split valid")
+    if not test:
+        raise BadInput(f"{paths['train']}: too short to hold a tenth out for --eval_split valid")
     for flag, wanted, split, examples in (("n_train", n_train, "training", train),
                                           ("n_test", n_test, eval_split, test)):
         if wanted > len(examples):
@@ -238,11 +224,9 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
 
 def announce(data: Dataset) -> None:
     """Print where the data comes from."""
-    if data.source == "generated":
-        print(f"data: GENERATED by the embedded NL-RX grammar (no published {data.name} files found; "
-              f"`python data.py download {data.name}` fetches them)")
-    else:
-        print(f"data: {data.source}")
+    print(f"data: {data.source}" if data.source != "generated" else
+          f"data: GENERATED by the embedded NL-RX grammar (`python data.py download {data.name}` fetches the "
+          "published files)")
     for path, digest in data.files.items():
         print(f"  {path} sha256 {digest[:12]}")
 
@@ -274,11 +258,11 @@ def request_rest(url: str, file, bar: tqdm) -> str:
 
 
 def fetch(url: str, path: Path, digest: Callable[[Path], str], wanted: str) -> None:
-    """Download a file, whole and checked or not at all.
-
-    A connection that breaks is resumed where it broke, as long as every attempt gets further than the last.
-    BadInput if one does not, or if digest(file) is not the one wanted.
-    """
+    """Download a file, unless it is here, whole and checked or not at all: BadInput if digest(file) is not
+    the one wanted. A broken connection is resumed as long as every attempt gets further than the last."""
+    if path.exists() and digest(path) == wanted:
+        print(f"{path}: already here")
+        return
     furthest = -1
     with atomic(path) as temporary:
         with open(temporary, "wb") as file, tqdm(unit="B", unit_scale=True, desc=path.name) as bar:
@@ -289,6 +273,7 @@ def fetch(url: str, path: Path, digest: Callable[[Path], str], wanted: str) -> N
         if digest(temporary) != wanted:
             raise BadInput(f"{url}: {temporary.stat().st_size} bytes that are not the published file; "
                            "nothing was written, try again")
+    print(f"{path}: {path.stat().st_size} bytes, checked")
 
 
 def download(name: str, data_dir: str | Path, base_url: str = "") -> None:
@@ -296,25 +281,17 @@ def download(name: str, data_dir: str | Path, base_url: str = "") -> None:
     data_dir = Path(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
     for file_name, blob_id in PUBLISHED[name].values():
-        path = data_dir / file_name
-        if path.exists() and git_blob_id(path) == blob_id:
-            print(f"{path}: already here")
-            continue
-        fetch(f"{(base_url or BASE_URL).rstrip('/')}/{file_name}", path, git_blob_id, blob_id)
-        print(f"{path}: {path.stat().st_size} bytes, checked")
-    if name == "spider":
-        (file_name, digest), databases = SPIDER_ZIP, data_dir / "spider_data"
-        if databases.exists():
-            print(f"{databases}: already here")
-            return
-        archive, temporary = data_dir / file_name, data_dir / "spider_data.tmp"
-        if not archive.exists() or sha256(archive) != digest:
-            fetch(f"{(base_url or SPIDER_URL).rstrip('/')}/{file_name}", archive, sha256, digest)
-        try:  # the archive is the one that is pinned, so neither damaged nor hostile
-            with zipfile.ZipFile(archive) as content:
-                content.extractall(temporary)
+        fetch(f"{(base_url or BASE_URL).rstrip('/')}/{file_name}", data_dir / file_name, git_blob_id, blob_id)
+    databases, temporary = data_dir / "spider_data", data_dir / "spider_data.tmp"
+    if name == "spider" and databases.exists():
+        print(f"{databases}: already here")
+    elif name == "spider":
+        file_name, digest = SPIDER_ZIP
+        archive = data_dir / file_name
+        fetch(f"{(base_url or SPIDER_URL).rstrip('/')}/{file_name}", archive, sha256, digest)
+        try:  # the archive is the pinned one, so neither damaged nor hostile
+            shutil.unpack_archive(archive, temporary)
             temporary.rename(databases)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         archive.unlink()
-        print(f"{databases}: unpacked, checked")

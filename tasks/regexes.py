@@ -1,8 +1,8 @@
 r"""Do two regexes describe the same strings? A parser for the dialect of NL-RX, and derivatives.
 
-The dialect is that of dk.brics.automaton: full match, `&` for both, `~` for not; from loose to tight `|`,
-`&`, concatenation, `* + ? {n} {n,} {n,m}`, `~`. Two regexes are compared by their derivatives (Brzozowski
-1964): the derivative of x by the letter c is the language of what may follow c in x.
+The dialect is dk.brics.automaton's: full match; from loose to tight `|`, `&` (both), concatenation,
+`* + ? {n} {n,} {n,m}`, `~` (not). Regexes are compared by their derivatives (Brzozowski 1964): the derivative
+of x by the letter c is the language of what may follow c in x.
 
     >>> equal("(a|b){2,}", "[ab][ab]+"), equal("~(a)", "[^a]")
     (Verdict(equal=True, witness=None), Verdict(equal=False, witness=''))
@@ -21,6 +21,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 BOUNDARY = "\b"  # U+0008, which stands for `\b` in a witness
@@ -63,7 +65,6 @@ def _chars(token: str) -> Node:
 
 
 def _repeat(factors: list, token: str) -> Node:
-    """The last factor, repeated."""
     if not factors or factors[-1] == "~":
         raise ValueError(f"nothing for {token} to repeat")
     token = {"*": "{0,}", "+": "{1,}", "?": "{0,1}"}.get(token, token)
@@ -75,7 +76,6 @@ def _repeat(factors: list, token: str) -> Node:
 
 
 def _close(group: list[list[list]]) -> Node:
-    """The tree of a group whose end has come."""
     if group == [[[]]]:
         return Node("cat")
     if any(not factors or factors[-1] == "~" for both in group for factors in both):
@@ -132,12 +132,13 @@ def parse(regex: str) -> Node:
 # ---- derivatives -------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Form:
     """A language in normal form. Algebra makes each form once (hash-consing), so `is` compares them."""
-
-    def __init__(self, number: int, kind: str, parts: tuple, has_empty: bool):
-        self.number, self.kind, self.parts, self.has_empty = number, kind, parts, has_empty
-        self.derivatives: dict[int, Form] = {}  # by letter, those computed so far
+    number: int
+    kind: str
+    parts: tuple
+    has_empty: bool
 
 
 def _all_chars(node: Node) -> Iterator[Chars]:
@@ -168,6 +169,7 @@ class Algebra:
         self.masks = {chars: sum(m[i] << k for k, m in enumerate(letters)) for i, chars in enumerate(sets)}
         self.nothing, self.empty = self.form("chars", (0,), False), self.form("cat", (), True)
         self.anything = self.complement(self.nothing)
+        self.derivative = cache(self._derivative)
 
     def form(self, kind: str, parts: tuple, has_empty: bool) -> Form:
         if len(self.forms) >= self.max_forms or time.monotonic() > self.deadline:
@@ -217,11 +219,6 @@ class Algebra:
         if node.kind == "not":
             return self.complement(*kids)
         return self.cat(*kids) if node.kind == "cat" else self.join(node.kind, kids)
-
-    def derivative(self, x: Form, letter: int) -> Form:
-        if letter not in x.derivatives:
-            x.derivatives[letter] = self._derivative(x, letter)
-        return x.derivatives[letter]
 
     def _derivative(self, x: Form, letter: int) -> Form:
         if x.kind == "chars":

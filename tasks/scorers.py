@@ -1,8 +1,5 @@
 """Is an answer right? A scorer is `scorer(answer, text, code)`: True, False, or None where that cannot be
 decided. `text` is the question and `code` the target. An empty answer is wrong everywhere.
-
-The dataset's name decides which scorer is used (SCORERS). Exact and prefix match, which need none, are in
-eval.py.
 """
 import re
 import sqlite3
@@ -40,29 +37,26 @@ def final_number(solution: str) -> Decimal | None:
 
 def final_answer(answer: str, text: str, code: str) -> bool:
     """GSM8K: the number after the first "####" is the target's. Thousands separators, a dollar sign before it
-    and a unit after it are ignored, and 18.0 is 18. A second number on the line is hedging, so wrong, and so
-    is an answer without the marker."""
+    and a unit after it are ignored, and 18.0 is 18. A second number on the line is hedging, so wrong."""
     return (number := final_number(answer)) is not None and number == final_number(code)
 
 
 def choice(answer: str, text: str, code: str) -> bool:
     """rotten_tomatoes, yelp, hellaswag: the word or letter itself. Case, white space around it and one ")" or
-    "." after it are ignored, and nothing else is: "Good film" is wrong."""
+    "." after it are ignored, and nothing else is."""
     return re.sub(r"[.)]$", "", answer.strip()).casefold() == code.casefold()
 
 
-def plain_words(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
 def any_of(answer: str, text: str, code: str) -> bool:
-    """nq_open: one of the target's answers, or several of them, separated by "; ". Case, punctuation and
-    articles are ignored, as is usual for open question answering. One part that is none of the target's makes
-    it wrong; a part of punctuation alone is compared as it is."""
+    """nq_open: one of the target's answers, or several of them, separated by "; ", and nothing else. Case,
+    punctuation and articles are ignored, but for a part of punctuation alone."""
+    def words(part: str) -> str:
+        plain = "".join(c for c in part.lower() if c not in string.punctuation)
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split()) or part.strip()
+
     def parts(answers: str) -> set[str]:
-        return {plain_words(part) or part.strip() for part in answers.split("; ")}
+        return {words(part) for part in answers.split("; ")}
+
     return bool(answer.strip()) and parts(answer) <= parts(code) - {""}
 
 
@@ -76,11 +70,10 @@ READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sq
 
 
 def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
-    """(number of columns, rows) of a single SELECT; None if it is none, fails or exceeds a bound above.
+    """(number of columns, rows) of one statement that only reads; None if it fails or exceeds a bound above.
 
-    The file is opened read-only, and the authorizer allows reading alone: no write, attach, pragma, extension
-    or temporary file. An endless query nearly always ends by MAX_STEPS, so the verdict does not depend on the
-    machine's speed.
+    The authorizer allows reading alone: no write, attach, pragma, extension or temporary file. An endless
+    query nearly always ends by MAX_STEPS, so the verdict does not depend on the machine's speed.
     """
     try:
         connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
@@ -129,9 +122,8 @@ def database_of(text: str, data_dir: str | Path) -> Path:
 
 
 def same_result(answer: str, text: str, code: str, data_dir: str | Path) -> bool | None:
-    """Spider: run on the question's database, answer and target return the same columns and rows. The order
-    of rows counts where the target has ORDER BY. A query that fails, writes, runs too long or returns too
-    much is wrong whatever the target returns; None if the target itself does so."""
+    """Spider: run on the question's database, answer and target return the same columns and rows, in the same
+    order if the target has ORDER BY. Wrong if run_query refuses the answer; None if it refuses the target."""
     database = database_of(text, data_dir)
     ours, theirs = run_query(database, answer), run_query(database, code)
     if ours is None or theirs is None:

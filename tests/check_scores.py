@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import score_run  # noqa: E402
+from eval import EvalOptions, score_run  # noqa: E402
 from support.tables import table  # noqa: E402
 
 SEEDS = (82, 23, 37)
@@ -32,7 +32,7 @@ def main(published: str) -> int:
             subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
             seconds = time.monotonic() - began
             print(f"{out}: {seconds:.0f} s", flush=True)
-            results[out] = score_run(out, published, other_data=True)
+            results[out] = score_run(out, EvalOptions([out], data_dir=published, other_data=True))
             if source == "published" and (results[out]["exact"] < 0.8 or results[out]["stopped"] < 0.99):
                 failures.append(f"{out}: below 80 % exact or 99 % stopped")
             if seconds > 300:

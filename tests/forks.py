@@ -107,6 +107,7 @@ def child(job: dict, programs: dict) -> None:
     if "RANK" in os.environ:
         distributed.rank, distributed.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.chdir(job.get("cwd") or job["folder"])
+    signal.alarm(300)  # a rank whose other one died would wait for hours
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number in job.get("ignore", ()):
         signal.signal(number, signal.SIG_IGN)

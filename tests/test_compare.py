@@ -123,7 +123,7 @@ def test_names_leave_out_what_most_variants_share():
         "lam 0.0, k 0", "lam 1.0", "lam 0.1", "lam 1.0, train_eos False"]  # k 1: three of four
     variants |= {"m": {"k": 2}} | {str(i): {"gamma": i} for i in (2, 3, 4)}
     rows = compare({name: result(1, [1, 0], **changed) for name, changed in variants.items()})
-    assert rows[0]["variant"] == "lam 0.0, k 0, gamma 1.0"
+    assert rows[0]["variant"] == "lam 0.0, gamma 1.0, k 0"
     assert len({row["variant"] for row in rows}) == len(rows) == 8
 
 

@@ -1,6 +1,7 @@
 """data.py: rendered pairs as literals, trees, batches, which pairs a step takes."""
 import runpy
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +58,18 @@ def test_views_that_show_other_texts():
     only, = views_of(Example("ab", "xyz", text_only=True), ntp_on="code")
     assert (only.main, only.labels) == ([BEGIN, A, B, END], [A, B, END, -100])
     assert (only.stem, only.enc) == ([BEGIN, A, B], [BEGIN, X, Y, Z])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_views_in_a_chat_format(reverse):
+    """A view is one turn with its role's opening, without its end and the system turn; reversed, too."""
+    chat = Tokenizer(BYTES.ranks, special={"<|im_start|>": 256, "<|im_end|>": 257}, vocab_size=258)
+    views = render_views(replace(PAIR, system="s"), chat, ViewOptions(2, reverse=reverse))
+    user, assistant = [256, *b"user\n", A, B], [256, *b"assistant\n", X, Y, Z]
+    assert (views.stem, views.enc) == ((assistant, user) if reverse else (user, assistant))
+    assert views.preds == [258, 259]
+    assert views.main == [256, *b"system\ns", 257, *b"\n", *user, 257, *b"\n", *assistant, 257,
+                          *b"\n"]
 
 
 def tree_of(**options):

@@ -215,10 +215,14 @@ def test_what_a_finished_run_is_asked(finished_run, program):
     assert json.loads((finished_run / "eval.json").read_text()) == own | {
         "seconds": json.loads((finished_run / "eval.json").read_text())["seconds"]}
     assert shown.count("\n|") == 3 and "| exact |" in shown
+    before = (finished_run / "eval.json").read_text()
+    program(finished_run, "--max_new_tokens", 2)  # another limit's score is shown, not kept
+    assert (finished_run / "eval.json").read_text() == before
     assert "| spread_enc |" in program(finished_run, "--embeddings")
     found = json.loads((finished_run / "embeddings.json").read_text())
     assert found["n"] == 12 and len(found["singular_values"]) == 12 and found["linear_error"] is None
-    assert all(found[name] == pytest.approx(own[name]) for name in ("cos_paired", "rank_enc"))
+    assert all(found[name] == pytest.approx(own[name]) for name in ("cos_paired", "rank_pred", "rank_enc"))
+    assert found["rank_text"] != pytest.approx(found["rank_pred"])  # without a predictor
     answer = program(finished_run, "--prompt", "the number 3", "--max_new_tokens", 2)
     assert answer.endswith(" ... (did not stop)\n") and len(answer) < 100
     c = json.loads((finished_run / "run.json").read_text())["config"]
@@ -247,15 +251,16 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
     """Generated and published data are never mixed up: a run is scored on its own files, unless told."""
     monkeypatch.setattr(nlrx, "generate", lambda n, seed: [(f"text {i}", f"code {i}") for i in range(60)])
     monkeypatch.setattr(datasets.generated_files, "__defaults__", (50, 10))
+    monkeypatch.chdir(tmp_path)
     run, other = tmp_path / "run", tmp_path / "other"
     train.train(train.parse_config([
-        "--data_dir", str(tmp_path / "data"), "--dim", "16", "--n_layers", "1", "--n_heads", "1", "--ffn_dim",
+        "--data_dir", str(tmp_path / "mine"), "--dim", "16", "--n_layers", "1", "--n_heads", "1", "--ffn_dim",
         "16", "--max_steps", "3", "--max_new_tokens", "3", "--n_train", "50", "--out", str(run), "--device",
         "cpu"]))
     own = (run / "eval.json").read_text()
-    # its own data_dir, not "data"
     result = eval.score_model(run, EvalOptions(dataset="nlrx_synth", max_new_tokens=3))
     assert result["test"] == json.loads(own)["test"]
+    assert not (tmp_path / "data").exists()  # a run's own data_dir is the default
     other.mkdir()
     files = {}
     for split in ("train", "test"):

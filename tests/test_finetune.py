@@ -1,23 +1,24 @@
 """Fine-tuning: a checkpoint of others goes in, one that others read comes out; LoRA; transfer; datasets."""
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA
+from conftest import SHARED_DATA
 from safetensors.torch import load_file
-from test_train import assert_equal_runs, command, die_at_step, rows_of, weights
+from test_train import assert_equal_runs, die_at_step, go, rows_of, steps_of, weights
 
 import eval
 import train
-from data import render_views
+from data import ViewOptions, render_views
+from model import Transformer
 from support.files import BadInput
 from support.tokenizer import Tokenizer
 from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id, load_dataset, read_jsonl
 
+pytestmark = pytest.mark.xdist_group("transformers")  # its import takes seconds
 SHORT = ["--epochs", "2", "--batch_size", "8", "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu"]
 
 
@@ -48,7 +49,7 @@ def tensors(folder):
 def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
     """By the programs, as a user does; transformers then reads the run like any other checkpoint."""
     transformers = pytest.importorskip("transformers")
-    reply = command([*argv, *flags])
+    reply = forks.run("train", [*argv, *flags])
     assert reply.returncode == 0, reply.stderr
     run, base = tmp_path / "run", tensors(chat_folder)
     record = json.loads((run / "run.json").read_text())
@@ -58,11 +59,12 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
     assert record["system"] == "Count."
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (run / name).read_bytes() == (chat_folder / name).read_bytes()
-    rows = [row for row in rows_of(run) if "loss" in row]
-    assert len(rows) == 6 and rows[0]["examples"] == 8 and (rows[0]["jepa"] > 0) == with_jepa
+    rows = steps_of(run)
+    assert len(rows) == 6 and rows[0]["examples"] == 8 and (rows[0].get("jepa", 0) > 0) == with_jepa
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run)
-    ours, tokenizer = eval.load_model(run, "cpu", record["config"]["format"])
+    ours = Transformer.from_pretrained(run, torch.float32)
+    tokenizer = Tokenizer.load(run, format=record["config"]["format"])
     ids = torch.tensor([render_views(Example("the number 7", "7", system="Count."), tokenizer).main])
     with torch.inference_mode():
         torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=0)
@@ -84,56 +86,54 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
         assert {name.rpartition(".")[2] for name in weights(run)} == {"lora_a", "lora_b", "pred_embedding"}
 
     result = json.loads((run / "eval.json").read_text())
-    (run / "eval.json").write_text(json.dumps({**result, "exact": -1}))
-    scored = subprocess.run([sys.executable, ROOT / "eval.py", run], capture_output=True, text=True)
-    assert scored.returncode == 0, scored.stderr
-    again = json.loads((run / "eval.json").read_text())
-    assert {**again, "seconds": 0} == {**result, "seconds": 0} and result["n"] == 6
+    again = eval.score_run(run, eval.EvalOptions([str(run)], device="cpu"))
+    assert again | {"seconds": 0} == result | {"seconds": 0} and result["n"] == 6
 
 
 def test_fine_tuning_with_adapters_resumes_to_the_bit(argv, tmp_path):
     """3 + 3 steps equal 6, dropout included; the state holds adapters alone, the rest is --init_from's."""
     argv = [*argv, "--lora_rank", "2", "--lora_dropout", "0.5", "--checkpoint_every", "3"]
-    train.train(train.parse_config([*argv, "--out", str(tmp_path / "whole")]))
+    go(argv, "--out", tmp_path / "whole")
     die_at_step(4, argv)
     torch.manual_seed(12345)  # whatever happened to the generator in between
-    train.train(train.parse_config(argv))
+    go(argv)
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
     for name, tensor in tensors(tmp_path / "whole").items():
         assert torch.equal(tensor, tensors(tmp_path / "run")[name])
-    without = [*argv[:-4], "--lora_dropout", "0", "--out", str(tmp_path / "without")]
-    train.train(train.parse_config(without))
+    go(argv, "--lora_dropout", 0, "--out", tmp_path / "without")
     assert rows_of(tmp_path / "without")[-1]["ntp"] != rows_of(tmp_path / "run")[-1]["ntp"]
 
 
-def test_other_weights_behind_the_same_name(argv, chat_folder, tmp_path):
-    """A run goes on only from the weights that it began with."""
-    mine = tmp_path / "base"
+def test_other_weights_under_the_same_name(argv, chat_folder, tmp_path):
+    """A run goes on only from the weights that it began with, wherever they lie now."""
+    mine, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(chat_folder, mine)
     argv = [*argv, "--init_from", str(mine), "--max_steps", "1"]
-    train.train(train.parse_config(argv))
-    (tmp_path / "run" / "eval.json").unlink()
+    go(argv)
+    (run / "eval.json").unlink()
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         content = (mine / name).read_bytes()
-        (mine / name).write_bytes(content[:-1] + (b"\0" if content[-1:] != b"\0" else b"\1")
-                                  if name == "model.safetensors" else content + b" ")
-        with pytest.raises(BadInput, match="holds a run from another checkpoint than .*base.* now"):
-            train.train(train.parse_config(argv))
+        (mine / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if name == "model.safetensors" else
+                                  content + b" ")
+        with pytest.raises(BadInput, match="holds a run from another base model than .*base.* now"):
+            go(argv)
         (mine / name).write_bytes(content)
+    go(argv, "--init_from", chat_folder)
+    assert (run / "eval.json").exists()
 
 
 def test_from_a_run_to_another_task(talks, tmp_path):
     """Transfer: pretrain with [PRED], go on with it, without it, and with more of it."""
     first = ["--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"), *SHORT]
-    train.train(train.parse_config([*first, "--dim", "16", "--n_layers", "1", "--n_heads", "1",
-                                    "--ffn_dim", "16", "--k", "2", "--out", str(tmp_path / "first")]))
-    begun = weights(tmp_path / "first")
+    go([*first, "--dim", "16", "--n_layers", "1", "--n_heads", "1", "--ffn_dim", "16", "--k", "2"], "--out",
+       tmp_path / "first")
+    first_run = tmp_path / "first"
+    begun = weights(first_run)
     for k, flags in ((2, ["--k", "2"]), (0, ["--lam", "0"]), (3, ["--k", "3"])):
         out = tmp_path / f"next{k}"
-        train.train(train.parse_config([*first, "--init_from", str(tmp_path / "first"), "--lr", "1e-9",
-                                        "--max_steps", "1", "--out", str(out), *flags]))
+        go([*first, "--lr", "1e-9", "--max_steps", "1", *flags], "--out", out, "--init_from", first_run)
         ended, run = weights(out), json.loads((out / "run.json").read_text())
-        assert run["init_run"].startswith("train-dim16-n_layers1-") and "k2" in run["init_run"]
+        assert run["init_run"].startswith("train-k2-") and "dim16" in run["init_run"]
         assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
         assert len(ended.get("pred_embedding", ())) == k
         for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):
@@ -158,17 +158,16 @@ def test_a_checkpoint_is_scored_before_any_training(talks, chat_folder, capsys, 
 
 def test_a_run_keeps_its_format_and_views_on_another_dataset(argv, talks, tmp_path):
     """The checkpoint's tokenizer has the tokens of all formats; auto would take another one."""
-    result = train.train(train.parse_config([*argv, "--max_steps", "2", "--pred_first"]))
-    again = eval.score_checkpoint(tmp_path / "run", str(talks / "train.jsonl"), max_new_tokens=6,
-                                  test_file=str(talks / "test.jsonl"))
-    assert {**again, "seconds": 0} == {name: 0 if name == "seconds" else result[name] for name in again}
+    result = go(argv, "--max_steps", 2, "--pred_first")
+    files = {"dataset": str(talks / "train.jsonl"), "test_file": str(talks / "test.jsonl")}
+    again = eval.score_model(tmp_path / "run", eval.EvalOptions(**files, max_new_tokens=6, device="cpu"))
+    assert again | {"seconds": 0} == {name: 0 if name == "seconds" else result[name] for name in again}
 
 
 def test_hellaswag_s_hits_are_endings_and_not_letters(tiny, tokenizer):
     rows = [Example(f"q{i}", "A", text_view="same", code_view=f"ending {i}") for i in range(8)]
     split = Dataset("d", [], rows, "file", {})
-    options = dict(k=1, ntp_on="all", train_eos=True, pred_first=False, reverse=False)
-    assert eval.evaluate(tiny(1), tokenizer, split, options, 4)[0]["retrieval_at_1"] == 1 / 8
+    assert eval.evaluate(tiny(1), tokenizer, split, ViewOptions(), 4)[0]["retrieval_at_1"] == 1 / 8
 
 
 def test_paraphrases_are_pretrained_on(tmp_path, monkeypatch):
@@ -183,13 +182,13 @@ def test_paraphrases_are_pretrained_on(tmp_path, monkeypatch):
     argv = ["--dataset", "paraphrase", "--data_dir", str(folder), "--eval_split", "valid", "--dim", "16",
             "--n_layers", "1", "--n_heads", "1", "--ffn_dim", "16", "--epochs", "2", "--batch_size", "8",
             "--out", str(tmp_path / "run"), "--device", "cpu"]
-    result = train.train(train.parse_config(argv))
+    result = go(argv)
     assert result["n"] == 4 and 0 < result["ntp"] < 7 and "exact" not in result and "cos_paired" in result
     look = next(row["look"] for row in rows_of(tmp_path / "run") if "look" in row)
     assert result["ntp"] < look["ntp"]
     data = load_dataset("paraphrase", folder, eval_split="valid")
     assert all(e.text_only for e in [*data.train, *data.test]) and len(data.train) == 36
-    assert eval.score_run(tmp_path / "run")["ntp"] == pytest.approx(result["ntp"])
+    assert eval.score_run(tmp_path / "run", eval.EvalOptions())["ntp"] == pytest.approx(result["ntp"])
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
@@ -202,7 +201,7 @@ def test_every_published_file_is_read_and_rendered(tokenizer, chat_folder):
                                                        bool(e.code_view) for e in examples)
         for example in examples[::50]:
             for chosen in formats:
-                views = render_views(example, chosen, 1)
+                views = render_views(example, chosen)
                 code = chosen.encode(example.code)
                 end = len(chosen.format.closing["assistant"])
                 assert views.main[-len(code) - end:-end] == code
@@ -213,30 +212,12 @@ def test_every_published_file_is_read_and_rendered(tokenizer, chat_folder):
     assert first.code_view.startswith("Likewise, if you already own")
 
 
-@pytest.mark.parametrize("flags,message", [
-    ("--lora_rank 4", "--lora_rank needs --init_from"),
-    ("--init_from x --lora_rank -1", "--lora_rank -1: must be 0 or more"),
-    ("--init_from x --lora_dropout 0.2", "--lora_dropout has no effect without --lora_rank"),
-    ("--init_from x --lora_rank 4 --lora_dropout 1", "--lora_dropout 1.0: must be at least 0 and below 1"),
-    ("--init_from x --dim 64 --preset nano", "--preset has no effect with --init_from; --dim has no effect"),
-    ("--init_from x --vocab_size 600", "--vocab_size has no effect with --init_from"),
-    ("--format plain", "--format has no effect without --init_from"),
-    ("--format llama2", "argument --format: invalid choice: 'llama2'"),
-    ("--dataset paraphrase", "paraphrase has no test split: it needs --eval_split valid"),
-    ("--dataset paraphrase --eval_split valid --max_new_tokens 5", "--max_new_tokens has no effect with"),
-    ("--n_test -1", "--n_test -1: must be 0 or more")])
-def test_wrong_settings(flags, message):
-    with pytest.raises(BadInput) as error:
-        train.parse_config(flags.split())
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
 def test_a_folder_that_is_no_checkpoint(argv, tmp_path):
     """By the program: one line, status 2, and no run folder."""
     for flags, message in ((["--init_from", str(tmp_path / "none")], "no such folder"),
                            (["--init_from", str(tmp_path)], "config.json: no such file"),
                            (["--lora_rank", "100000000000"], "000: more than the model's width of 32")):
-        reply = command([*argv, *flags])
+        reply = forks.run("train", [*argv, *flags])
         assert reply.returncode == 2 and message in reply.stderr and reply.stderr.count("\n") == 1
         assert reply.stderr.startswith("error: ") and not (tmp_path / "run").exists()
 

@@ -1,29 +1,27 @@
 """Files and answers of strangers: mutated ones of every kind end in a result or one clear line, in bounded
-time and memory. 11 kinds of 150 cases each, and with `pytest -m slow` of 2,500: 27,500."""
-
+time and memory. 15 kinds of 150 cases each, and with `pytest -m slow` of 2,500: 37,500."""
 import json
 import os
-import shutil
 import sqlite3
 import time
 from copy import deepcopy
-from dataclasses import asdict
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import Config
-from support.files import BadInput, sha256
-from model import ModelConfig, Transformer
+import train
+from experiments.compare import comparison, read_result
+from model import Transformer
+from support.files import BadInput
+from support.runs import Run, run_summary
+from support.tokenizer import Tokenizer
 from tasks import regexes
 from tasks.datasets import read_jsonl
-from experiments.compare import compare, comparison, read_result
-from support.runs import RECORDED, VERSION, read_run, verify
 from tasks.scorers import final_answer, run_query
-from support.tokenizer import Tokenizer, train_bpe
 
 SECONDS = 5  # of one case, on a busy machine
 HOSTILE = [None, True, -1, 0, 1, 2, 3.5, 1e308, 2**31, 2**63, 2**200, -(2**200), float("nan"), "", "x", "\n",
@@ -90,16 +88,34 @@ def queries():
     return st.lists(st.sampled_from(words), min_size=1, max_size=14).map(" ".join) | st.text(max_size=30)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny checkpoint and its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(train_bpe(["lines with a dog", "(dog){3,}"], 270))
-    shape = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "ffn_dim": 8}
-    model = Transformer(ModelConfig(tokenizer.vocab_size, **shape), k=1, seed=0)
-    model.save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
+# ---- files -------------------------------------------------------------------------------------------------
+
+JSONL = [b'{"text": "a dog", "code": "(dog)"}\n{"text": "b", "code": "c"}\n',
+         b'{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},'
+         b' {"role": "assistant", "content": "v"}]}\n'] * 2
+
+
+@pytest.fixture
+def run_folder(finished_run):
+    """A whole run, with every file that one can have; tokenizer.json and an index are the others' ways."""
+    model = Transformer.from_pretrained(finished_run)
+    model.add_predictor("mlp", seed=0)
+    model.save_pretrained(finished_run)
+    (finished_run / "x.jsonl").write_bytes(JSONL[0])
+    return finished_run
+
+
+def write_tokenizer_json(folder):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["lines with a dog"] * 3, trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    (folder / "tokenizer.model").unlink()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def read_examples(folder):
@@ -114,36 +130,27 @@ def tokens(folder):
     return Tokenizer.load(folder).encode("lines with a dog 9")
 
 
-def results(folder):
-    table = comparison(compare({"a": read_result(folder)}))
-    verify(folder)
-    return table
+def summarize_and_begin_with_it(folder):
+    """What a score and --init_from read of run.json."""
+    data = SimpleNamespace(source="", files={}, train=[SimpleNamespace(system="")])
+    run_summary(folder)
+    train.describe_run(train.Config(init_from=str(folder)), data, torch.device("cpu"), 1)
 
 
-@cache
-def samples(name: str, folder) -> list:
-    if name == "x.jsonl":
-        return [
-            b'{"text": "a dog", "code": "(dog)"}\n{"text": "b", "code": "c"}\n',
-            b'{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},'
-            b' {"role": "assistant", "content": "v"}]}\n',
-        ] * 2
-    if name == "run.json":
-        return [{"version": VERSION, "config": asdict(Config()), "files": {"a": "b"}, "init": {},
-                 **{field: "x" for field in RECORDED}}]
-    if name == "eval.json":
-        config = {"seed": 1, "lam": 1.0, "dataset": "d", "n_train": 0, "eval_split": "test"}
-        return [{"config": config | {"match_flops": ""}, "test": "t", "n": 8,
-                 "trained": {"examples": 1, "flops": 2, "seconds": 3.0}, "files": ["f"], "exact": 0.5,
-                 "items": {"exact": "ff"}, "init": [], "dtype": "float32",
-                 "sha256": {"config.json": sha256(folder / "config.json")}}]
-    content = (folder / name).read_bytes()
-    return [json.loads(content)] if name.endswith(".json") else [content]
+def resume(folder):
+    """From its checkpoint, as a process that opens the folder anew."""
+    record = json.loads((folder / "run.json").read_text())
+    with Run(folder, record, train.Config, train.FORMER) as run:
+        model = Transformer.from_pretrained(folder)
+        model.predictor = None
+        run.restore(model, train.make_optimizer(model, train.Config()), 2)
 
 
-FILES = [("x.jsonl", read_examples), ("config.json", load), ("model.safetensors", load),
-         ("tokenizer.model", tokens), ("tokenizer.json", tokens), ("model.safetensors.index.json", load),
-         ("run.json", read_run), ("eval.json", results)]
+FILES = {"x.jsonl": read_examples, "run.json": summarize_and_begin_with_it, "metrics.jsonl": run_summary,
+         "state.pt": resume, "eval.json": lambda folder: comparison({"a": read_result(folder)}),
+         **dict.fromkeys(("config.json", "model.safetensors", "model.safetensors.index.json",
+                          "predictor.safetensors", "pred_embedding.safetensors"), load),
+         **dict.fromkeys(("tokenizer.model", "tokenizer.json"), tokens)}
 
 
 def resident() -> int:
@@ -171,49 +178,37 @@ N = pytest.mark.parametrize("n", [150, pytest.param(2500, marks=pytest.mark.slow
 
 
 @N
-@pytest.mark.parametrize("name,use", FILES, ids=[name for name, _ in FILES])
-def test_files(name, use, n, model_folder, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_files(name, n, run_folder, monkeypatch):
     """Of data, of checkpoints, of runs."""
-    folder = tmp_path / "folder"
-    shutil.copytree(model_folder, folder)
+    monkeypatch.setattr(train, "git_commit", lambda: None)  # a process of its own
     if name == "tokenizer.json":
         pytest.importorskip("tokenizers")
-        write_tokenizer_json(folder)
+        write_tokenizer_json(run_folder)
     if name == "model.safetensors.index.json":
-        weights = list(Transformer.from_pretrained(folder).state_dict())
-        (folder / "model.safetensors").rename(folder / "one.safetensors")
-        (folder / name).write_text(json.dumps({"weight_map": {w: "one.safetensors" for w in weights}}))
-    if name in ("run.json", "eval.json"):
-        for other in ("run.json", "eval.json"):
-            (folder / other).write_text(json.dumps(samples(other, folder)[0]))
-    given_samples, seen = samples(name, folder), set()
-    is_json = not isinstance(given_samples[0], bytes)
-    encoded = [json.dumps(s).encode() for s in given_samples] if is_json else given_samples
-    strategy = bytes_like(encoded) | json_like(given_samples) if is_json else bytes_like(encoded)
+        index = dict.fromkeys(train.trainable(Transformer.from_pretrained(run_folder)), "one.safetensors")
+        (run_folder / "model.safetensors").rename(run_folder / "one.safetensors")
+        (run_folder / name).write_text(json.dumps({"weight_map": {"model." + w: f for w, f in index.items()
+                                                                  if not w.startswith("pred")}}))
+    original, seen = (run_folder / name).read_bytes(), set()
+    metrics = (run_folder / "metrics.jsonl").read_bytes()
+    strategy = bytes_like(JSONL if name == "x.jsonl" else [original])
+    if name.endswith(".json"):
+        strategy |= json_like([json.loads(original)])
 
     def check(case):
-        (folder / name).write_bytes(case if isinstance(case, bytes) else json.dumps(case).encode())
+        (run_folder / "metrics.jsonl").write_bytes(metrics)
+        (run_folder / name).write_bytes(case if isinstance(case, bytes) else json.dumps(case).encode())
         try:
-            use(folder)
+            FILES[name](run_folder)
             seen.add("taken")
         except BadInput as error:
             seen.add("refused")
             assert "\n" not in str(error), str(error)
+    (run_folder / name).write_bytes(original)
+    FILES[name](run_folder)  # as it is, it is taken
     fuzz(strategy, check, n)
     assert "refused" in seen, seen
-
-
-def write_tokenizer_json(folder):
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["lines with a dog"] * 3, trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    (folder / "tokenizer.model").unlink()
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @N

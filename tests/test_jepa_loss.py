@@ -132,7 +132,7 @@ def test_a_fixed_shape_changes_nothing(tiny, tokenizer, examples, name):
     for has_views in ([True] * 5, [False, True, False, False, True], [False] * 5):
         free = collate_fused(views, has_views, 120)
         fixed = pad_to(free, Shape(rows=5, tokens=130, labels=150, pairs=7))
-        assert fixed.ids.shape == fixed.segment.shape == (5, 130)
+        assert fixed.ids.shape == (5, 130) and fixed.segment[-1].tolist() == [*range(130)]  # pads: own
         assert len(fixed.label_at) == 150 and len(fixed.pred_at) == len(fixed.enc_at) == 7
         assert (fixed.n_tokens, fixed.n_pairs) == (free.n_tokens, 5)
         slow, fast = (step(model, fused, with_tube(batch), distance=DISTANCES[name])
@@ -283,6 +283,13 @@ def test_the_mask_of_the_docstring():
 
 
 # ---- the terms ---------------------------------------------------------------------------------------------
+
+def test_the_loss_is_a_weighted_sum_of_means():
+    """Divided by the counts of the whole step, not of the batch; a term that a batch lacks adds nothing."""
+    terms = {"ntp": (torch.tensor(6.0), 2), "jepa": (torch.tensor(5.0), 1)}
+    counts, weights = {"ntp": 4, "stp": 9, "jepa": 2}, {"ntp": 1.0, "stp": 7.0, "jepa": 0.1}
+    assert total_loss(terms, counts, weights).item() == pytest.approx(6 / 4 + 0.1 * 5 / 2)
+
 
 def test_ntp_equals_cross_entropy_over_all_positions(tiny, tokenizer, examples):
     model, batch = tiny(0), collate_three([render_views(e, tokenizer) for e in examples], [False] * 5)

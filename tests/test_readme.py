@@ -1,24 +1,46 @@
-"""README.md tells the truth where a test can check it."""
+"""README.md and docs/ tell the truth where a test can check it."""
+import contextlib
+import importlib
+import io
 import re
-import subprocess
-import sys
+import shlex
+from dataclasses import fields, is_dataclass
 
+import pytest
 from conftest import ROOT
 
-import train
+PAGES = {path.name: path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+README = PAGES["README.md"]
+OURS = {path.stem: path.relative_to(ROOT).with_suffix("")
+        for folder in (".", "support", "tasks", "experiments") for path in ROOT.glob(f"{folder}/*.py")}
+PROGRAMS = ("train", "eval", "data", "bench", "compare", "plots")
+page = pytest.mark.parametrize("page", PAGES)
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+def module(name: str):
+    return importlib.import_module(".".join(OURS[name].parts))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def flags_of(program: str) -> set[str]:
+    """What its dataclasses of settings have."""
+    kinds = [kind for kind in vars(module(program)).values() if isinstance(kind, type) and is_dataclass(kind)]
+    return {"help", *(f.name for kind in kinds for f in fields(kind) if "help" in f.metadata)}
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--(?:no-)?([a-z]\w*)", text))
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_worked_example_prints_what_stands_below_it():
-    example = blocks("python")[0]
-    reply = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
-    assert reply.returncode == 0, reply.stderr
-    assert reply.stdout == blocks("text")[0]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(blocks("python")[0], {})
+    assert out.getvalue() == blocks("text")[0]
 
 
 def test_the_two_commands_stand_there():
@@ -27,22 +49,36 @@ def test_the_two_commands_stand_there():
                             "pip install -r requirements-dev.txt && python -m pytest -q"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert all(part in ci for part in commands[1].split(" && "))
+    assert len(README.splitlines()) <= 180
 
 
-def test_every_flag_and_file_named_exists():
-    flags = {*re.findall(r"--(?:no-)?([a-z_]+)", README)}
-    known = {*train.asdict(train.Config()), "help", "prompt", "other_data", "base_url", "nproc_per_node",
-             "blocks", "steps", "embeddings", "plot", "profile"}
-    assert flags <= known, flags - known
-    for name in re.findall(r"`((?:tests/)?[a-z_]+\.py)`", README):
-        assert (ROOT / name).exists(), name
+@page
+def test_commands_have_the_flags_that_they_are_given(page):
+    """Each line that starts a program of ours names flags of this very program."""
+    for line in re.sub(r" \\\n *", " ", PAGES[page]).splitlines():
+        if found := re.search(rf"(?:python|torchrun).*?[ .]({'|'.join(PROGRAMS)})(?:\.py)? ([^`]*)", line):
+            given = flags_in(" ".join(shlex.split(found[2], comments=True)))
+            assert given <= flags_of(found[1]), (line, given - flags_of(found[1]))
 
 
-def test_every_function_named_exists():
-    modules = "|".join(path.stem for path in ROOT.glob("*.py"))
-    for module, name in re.findall(rf"`({modules})\.([A-Za-z_]+)`", README):
-        if f"{module}.{name}" not in (f"{module}.py", "tokenizer.model"):  # which are files
-            assert hasattr(__import__(module), name), f"{module}.{name}"
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for name in re.findall(r"`(test_[a-z_0-9]+)`", README):
+@page
+def test_every_flag_named_exists(page):
+    known = set().union(*map(flags_of, PROGRAMS)) | {"nproc_per_node"}
+    if page == "exercises.md":
+        known.add("margin")  # which the reader adds
+    assert flags_in(PAGES[page]) <= known, flags_in(PAGES[page]) - known
+
+
+@page
+def test_every_file_and_function_named_exists(page):
+    text, folder = PAGES[page], ROOT / "docs" if page != "README.md" else ROOT
+    for name in re.findall(r"`([\w/]+\.(?:py|md|sh|c))`", text):
+        assert (ROOT / name).exists() or ROOT.joinpath("tests", name).exists(), name
+    for name in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (folder / name).exists(), name
+    for name, attribute in re.findall(rf"`(?:\w+\.)*({'|'.join(OURS)})\.([A-Za-z_]+)[`(.\[]", text):
+        if attribute not in ("py", "json", "jsonl", "model"):  # names of files
+            assert hasattr(module(name), attribute), f"{name}.{attribute}"
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_[a-z_0-9]+)`", text):
         assert f"def {name}(" in tests, name

@@ -9,7 +9,7 @@ from support.files import BadInput
 from tasks import scorers
 from tasks.datasets import Dataset, Example, read_jsonl
 from tasks.scorers import MAX_ROWS, SCORERS, any_of, check_databases, choice, final_answer, same_language
-from tasks.scorers import same_result, scorer_of
+from tasks.scorers import run_query, same_result, scorer_of
 
 
 @pytest.mark.parametrize("scorer,target,right,wrong", [
@@ -84,7 +84,8 @@ BROKEN = "SELECT x FROM none"
     ("WITH p AS (SELECT * FROM pet) SELECT id FROM p", "SELECT id FROM pet", True),
     (COUNT, "", False), (COUNT, " \n", False), (COUNT, COUNT + " and more", False),
     (COUNT, COUNT + "; SELECT 4", False), (COUNT, ASKED, False), (COUNT, "SELECT 4 \x00", False),
-    (COUNT, "SELECT '\ud800'", False), (OLD, OLD, True), (OLD, "SELECT 1, 2 WHERE 0", False),  # other columns
+    (COUNT, "SELECT '\ud800'", False), (OLD, "EXPLAIN " + OLD, False),
+    (OLD, OLD, True), (OLD, "SELECT 1, 2 WHERE 0", False),  # other columns
     (BROKEN, BROKEN, None), (BROKEN, "SELECT 1", None)])  # a broken target is not the model's mistake
 def test_spider(data_dir, target, answer, right):
     assert same_result(answer, ASKED, target, data_dir) is right
@@ -92,7 +93,6 @@ def test_spider(data_dir, target, answer, right):
 
 @pytest.mark.parametrize("answer", [
     "SELEC name", "SELECT nothing FROM pet", "SELECT 1 FROM none", "", "  ", ";", "-- nothing",
-    "EXPLAIN SELECT 1",
     "INSERT INTO pet VALUES (9, 'x', 1)", "UPDATE pet SET age = 0", "DELETE FROM pet", "DROP TABLE pet",
     "CREATE TABLE evil (x)", "CREATE TEMP TABLE evil (x)", "ATTACH DATABASE '/tmp/evil.sqlite' AS evil",
     "VACUUM", "VACUUM INTO '/tmp/evil.sqlite'", "PRAGMA writable_schema = 1", "PRAGMA table_info(none)",
@@ -102,7 +102,7 @@ def test_broken_sql_is_wrong_where_the_target_returns_nothing(data_dir, answer):
     """The official scorer ignores errors: two empty outputs are equal there. Nothing is ever written."""
     path = data_dir / "spider_data" / "database" / "pets" / "pets.sqlite"
     before = path.read_bytes()
-    assert same_result(answer, ASKED, OLD, data_dir) is False
+    assert run_query(path, answer) is None and same_result(answer, ASKED, OLD, data_dir) is False
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["pets.sqlite"]
 
 
@@ -116,6 +116,8 @@ FOR_EVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELE
     "SELECT zeroblob(2000000000)", "SELECT replace(hex(zeroblob(49000)), '0', hex(zeroblob(49000)))",
     f"SELECT a.id FROM {', '.join(f'pet {c}' for c in 'abcdefghijklmno')}",  # a billion rows
     "SELECT printf('%.*c', 200000000, 'x')", "SELECT 'a' LIKE '" + "%a" * 400_000 + "'",
+    "SELECT hex(zeroblob(4900)) LIKE '" + "%0" * 4_000 + "1'",
+    "SELECT length(trim(hex(zeroblob(900000)), replace(hex(zeroblob(900000)), '0', 'z')))",
     "SELECT " + "+".join(["length(trim(hex(zeroblob(4900)), replace(hex(zeroblob(2000)),'0','z')))"] * 25),
     FOR_EVER % "sum(length(trim(hex(zeroblob(4900)), replace(hex(zeroblob(2000)),'0','z'))))",
     "SELECT " + "(" * 100_000 + "1" + ")" * 100_000,

@@ -31,7 +31,7 @@ class Settings:
     system: str | None = opt(None, "an instruction")
 
 
-TUNED = {"lam": 0.1, "steps": 4}
+TUNED = {"lam": 0.1, "steps": 4, "scratch": 2}
 
 
 def settings(flags: str, tuned: bool = True):
@@ -47,7 +47,7 @@ def test_flags():
     assert c.compile is True and c.system == "x"
     assert settings("--no-compile")[0].compile is False
     c, _ = settings("--base_from f --steps 7")
-    assert (c.lam, c.steps) == (0.1, 7)
+    assert (c.lam, c.steps, c.scratch) == (0.1, 7, 2)
     with pytest.raises(BadInput, match="argument --distance: invalid choice: 'l3'"):
         settings("--distance l3")
 
@@ -216,7 +216,7 @@ def interrupted_run(small_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("without,state_keys", [((), ("config", *OLDER[2:], "last_line")),
-                                                (("stp", "max_flops", "beta1"), OLDER)])
+                                                (("stp", "max_flops", "train_eos"), OLDER)])
 def test_a_new_setting_changes_nothing_about_an_older_run(interrupted_run, finished_run, monkeypatch, capsys,
                                                           without, state_keys):
     """It resumes and ends with the same weights, scores again, and shows its result; entries of former

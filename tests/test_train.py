@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -147,7 +148,8 @@ def test_every_variant_sees_the_same_examples(argv, tmp_path):
     assert len(counts[0]) == 20 and all(count == counts[0] for count in counts)
 
 
-@pytest.mark.parametrize("flags", ["--lam 0", "--alpha 0.5 --k 2", "--lam 0 --stp 1", "--stp 0.5"])
+@pytest.mark.parametrize("flags", ["--lam 0", "--alpha 0.5 --k 2 --stp 0.5",
+                                   "--target ema --predictor mlp --pool mean --lam_warmup 0.5"])
 def test_micro_batches_equal_the_big_batch(argv, tmp_path, flags):
     """Float64: the gradient of every step and the weights at the end, to 1e-9; also where a run goes on with
     another --micro_batch. The official code divides one variant's gradient by the number of micro-batches and
@@ -268,6 +270,7 @@ def test_a_fixed_shape_holds_every_batch(argv, tokenizer, row_len, lam):
 
 
 @no_double_attention
+@pytest.mark.xdist_group("compile")  # the first one imports the compiler
 def test_nothing_recompiles_with_fixed_shapes(argv, tmp_path, monkeypatch):
     """Every batch of a run has one shape, the last of an epoch and those without a view, too; after the fifth
     step nothing is compiled again. The losses are those of free shapes."""
@@ -293,6 +296,7 @@ def test_nothing_recompiles_with_fixed_shapes(argv, tmp_path, monkeypatch):
 
 
 @no_double_attention
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(argv, backend):
     """Losses and gradients of batches of two shapes, to the rounding of the float32 cosines of the rotary
@@ -332,8 +336,8 @@ def whole(pairs, tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     "", "--no-prefetch", "--grad_checkpointing", "--log_every 2", "--checkpoint_every 2",
-    pytest.param("--device auto", marks=pytest.mark.skipif(torch.cuda.is_available() or
-                                                           torch.backends.mps.is_available(), reason="not CPU")),
+    pytest.param("--device auto", marks=pytest.mark.skipif(
+        torch.cuda.is_available() or torch.backends.mps.is_available(), reason="it would not be the CPU")),
     "--dataset OTHER", "--test_file OTHER"])
 def test_a_run_that_dies_goes_on(whole, pairs, argv, tmp_path, flags):
     """After its checkpoint at step 3, it repeats nothing and skips nothing: the same weights, bit for bit,
@@ -346,7 +350,7 @@ def test_a_run_that_dies_goes_on(whole, pairs, argv, tmp_path, flags):
     assert_equal_runs(whole, tmp_path / "run")
     ours, theirs = metrics(tmp_path / "run"), metrics(whole)
     assert len(theirs) == 6
-    assert ours == ([row for row in theirs if row["step"] in (1, 2, 3, 4, 6)] if "log_every" in flags else theirs)
+    assert ours == [row for row in theirs if row["step"] != 5 or "log_every" not in flags]
 
 
 def test_other_checkpoints_before_the_first_one(whole, argv, tmp_path):
@@ -355,24 +359,6 @@ def test_other_checkpoints_before_the_first_one(whole, argv, tmp_path):
     die_at_step(5, [*argv, *SIX, "--checkpoint_every", "6"])
     go([*argv, *SIX], "--checkpoint_every", 2)
     assert_equal_runs(whole, tmp_path / "run")
-
-
-def test_a_run_of_an_older_version_goes_on(whole, argv, tmp_path):
-    """Its run.json lacks settings that came later and has those that are no more, its checkpoint knows
-    neither the settings nor the last line of metrics.jsonl."""
-    die_at_step(5, [*argv, *SIX])
-    run = tmp_path / "run"
-    record, state = json.loads((run / "run.json").read_text()), torch.load(run / "state.pt")
-    del record["config"]["max_flops"], record["config"]["stp"], state["config"], state["last_line"]
-    record["config"] |= train.FORMER
-    (run / "run.json").write_text(json.dumps(record | {"version": 1}))
-    torch.save(state | {"run": "0" * 64, "metrics": "0" * 64}, run / "state.pt")
-    go([*argv, *SIX])
-    assert_equal_runs(whole, run)
-    record["config"] |= {name: "x" for name in train.FORMER}
-    (run / "run.json").write_text(json.dumps(record))
-    with pytest.raises(BadInput, match="holds a run with --view2 x"):
-        go([*argv, *SIX])
 
 
 def test_a_budget_of_flops(whole, argv, tmp_path):
@@ -406,53 +392,31 @@ def test_no_prefetch_starts_no_thread(argv, monkeypatch):
 # ---- settings ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags,message", [
-    ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
     ("--batch 4", "unrecognized arguments: --batch 4"),  # no guessing at abbreviations
-    ("--lr fast", "argument --lr: invalid float value: 'fast'"),
     ("--passes two", "argument --passes: invalid choice: 'two'"),
-    ("--lam 0 --k 3 --alpha 0.5", ("--k has no effect", "--alpha has no effect with --lam 0")),
+    ("--lam 0 --k 3 --alpha 0.5", "--k has no effect with --lam 0; --alpha has no effect with --lam 0"),
     ("--lam 0 --gamma 0", "nothing to train on"),
-    ("--lam -1", "--lam -1.0: must be 0 or more"),
-    ("--lam nan", "--lam nan: must be"),
-    ("--lr inf", "--lr inf: must be above 0"),
-    ("--alpha 1", "--alpha 1.0: must be 0 or more and below 1"),
-    (f"--seed {2**64}", f"must be 0 or more and below {2**63}"),
-    ("--temperature 0.1", "--temperature has no effect with --distance cosine"),
+    (f"--lr inf --seed {2**63}", f"--lr inf: must be above 0; --seed {2**63}: must be 0 or more and"),
     ("--distance infonce --micro_batch 4", "the whole batch: it needs"),
-    ("--distance infonce --alpha 0.5", "no --alpha"),
-    ("--distance infonce --batch_size 1", "needs --batch_size 2 or more"),
-    ("--distance infonce --fixed_shapes --row_len 500", "no --fixed_shapes"),
-    ("--gamma 0 --ntp_on code", "--ntp_on has no effect with --gamma 0"),
-    ("--k 0 --pred_first", "--pred_first has no effect with --k 0"),
-    ("--passes three --row_len 100", "--row_len has no effect with --passes three"),
-    ("--fixed_shapes", "--fixed_shapes has no effect without --row_len"),
-    ("--lam 0 --attention dense", "--attention has no effect with --lam 0"),
     ("--max_flops 1e9 --epochs 2", "--epochs has no effect with --max_flops"),
-    ("--max_flops 1e9 --max_steps 2", "--max_steps has no effect with --max_flops"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
     ("--device cpu --dtype tf32", "--dtype tf32 needs CUDA"),
     ("--test_file x.jsonl", "--test_file has no effect with --dataset nlrx_synth"),
     ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
-    ("--dataset x.jsonl --eval_split valid --test_file y", "--test_file has no effect with --eval_split valid"),
     ("--dataset x.jsonl --eval_split valid --data_dir y", "--data_dir has no effect with --dataset x.jsonl"),
+    ("--dataset paraphrase", "paraphrase has no test split: it needs --eval_split valid"),
     ("--batch_size 4 --micro_batch 8", "--micro_batch 8 is more than --batch_size 4"),
     ("--dim 30 --n_heads 4", "--dim 30 --n_heads 4: heads must"),
     ("--dim 20 --n_heads 4", "--dim 20 --n_heads 4: heads must"),
     ("--n_kv_heads 3", "--n_kv_heads 3 does not divide"),
     ("--lora_rank 4", "--lora_rank has no effect without --init_from"),
-    ("--init_from x --lora_rank -1", "--lora_rank -1: must be 0 or more"),
     ("--init_from x --lora_dropout 0.2", "--lora_dropout has no effect without --lora_rank"),
-    ("--init_from x --dim 64 --preset nano", ("--preset has no effect with --init_from x", "--dim has no effect")),
     ("--init_from x --vocab_size 600", "--vocab_size has no effect with --init_from x"),
-    ("--format plain", "--format has no effect without --init_from"),
-    ("--dataset paraphrase", "paraphrase has no test split: it needs --eval_split valid"),
-    ("--dataset paraphrase --eval_split valid --max_new_tokens 5", "--max_new_tokens has no effect with")])
+    ("--format plain", "--format has no effect without --init_from")])
 def test_wrong_settings(flags, message):
     with pytest.raises(BadInput) as error:
         train.parse_config(flags.split())
-    assert "\n" not in str(error.value)
-    for part in [message] if isinstance(message, str) else message:
-        assert part in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_wrong_device():
@@ -466,8 +430,9 @@ def test_wrong_device():
     (["--lam", "0", "--k", "2"], "--k has no effect with --lam 0"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["--dataset", "nowhere.jsonl", "--eval_split", "valid"], "nowhere.jsonl: no such file"),
-    (["--n_train", "9000"], "--n_train 9000: ")])
-def test_the_program_says_it_in_one_line(arguments, message, tmp_path):
+    (["--dataset", "train.jsonl", "--eval_split", "valid", "--n_train", "90"], "--n_train 90: ")])
+def test_the_program_says_it_in_one_line(arguments, message, pairs, tmp_path):
+    shutil.copy(pairs / "train.jsonl", tmp_path)
     reply = forks.run("train", arguments, cwd=str(tmp_path))
     assert reply.returncode == 2 and reply.stderr.startswith("error: ") and message in reply.stderr
     assert reply.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
