@@ -80,7 +80,8 @@ class Config(ViewOptions):
     eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
     on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
     vocab_size: int = of_data(512, "at most so many BPE tokens, of train", low=256, needs="!init_from")
-    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by its tokens", needs="init_from")
+    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by tokens; template: the folder's",
+                                       needs="init_from")
 
     init_from: str = of_model("", "begin with a run, or a Hugging Face folder", identity="content")
     backend: Literal[BACKENDS] = of_model("auto", "whose model code; auto: transformers' where model_type is "
@@ -327,7 +328,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def describe_run(c: Config, data: Dataset, device: torch.device, tokenizer: Tokenizer, limit: int) -> dict:
+def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
             or path.suffix == ".py" and c.trust_remote_code
@@ -339,8 +340,7 @@ def describe_run(c: Config, data: Dataset, device: torch.device, tokenizer: Toke
     return {"config": asdict(c), "source": data.source, "files": data.files,
             "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
             "dtype": forward_dtype(c.dtype, device), "system": data.train[0].system,
-            "max_new_tokens": limit, "format_in_use": tokenizer.format.name, "device": str(device),
-            "git_commit": git_commit(),
+            "max_new_tokens": max_new_tokens, "device": str(device), "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
@@ -483,7 +483,7 @@ def train(c: Config) -> dict:
         model, tokenizer = make_model(c, data)
         lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-        record = describe_run(c, data, device, tokenizer, limit)
+        record = describe_run(c, data, device, limit) | {"format_in_use": tokenizer.format.name}
         run = Run(folder, record, Config, FORMER, writes=distributed.rank == 0)
     with run:
         if (folder / "eval.json").exists():

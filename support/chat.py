@@ -112,6 +112,8 @@ def cut_template(folder: Path) -> Pieces | None:
     user, assistant = ("user", U), ("assistant", A)
     before, between, after = cut(render(user, assistant), U, A)
     again, _, asked = render(user).partition(U)
+    if not between.startswith(asked):  # some end every text with eos
+        asked = asked.removesuffix(tokens.get("eos_token") or "")
     if again != before or not between.startswith(asked):
         raise BadInput("its chat template writes a turn differently where an answer follows it")
     # the start is what a first turn has in front of it and a later one has not

@@ -167,6 +167,11 @@ GENERATION = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant'
               "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}"
               "[{{ m.role }} {{ strftime_now('%Y') }}]{{ m.content }}"
               "{% if m.role == 'system' %}{% continue %}{% endif %}{% endif %}{% endfor %}")
+PHI3 = ("{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+GEMMA3 = ("{{ bos_token }}{% set first, turns = '', messages %}{% if messages[0]['role'] == 'system' %}"
+          "{% set first, turns = messages[0]['content'] + '\n\n', messages[1:] %}{% endif %}"
+          "{% for m in turns %}[{{ m.role }}]{{ (first if loop.first else '') + m.content }}<|im_end|>{% endfor %}")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 THINK = "<think>\n\n</think>\n\n"
 TALK = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
@@ -182,6 +187,10 @@ TEMPLATES = {
               "A<end_of_turn>\n"),
     "olmo2": (OLMO2, BOS, BOS, f"{BOS}<|user|>\nU\n<|assistant|>\nA{BOS}",
               f"{BOS}<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA{BOS}"),
+    "phi3": (PHI3, "", "<eos>", "<|user|>\nU<|im_end|>\n<|assistant|>\nA<|im_end|>\n<eos>",
+             "<|system|>\nS<|im_end|>\n<|user|>\nU<|im_end|>\n<|assistant|>\nA<|im_end|>\n<eos>"),
+    "gemma3": (GEMMA3, "<bos>", "<eos>", "<bos>[user]U<|im_end|>[assistant]A<|im_end|>",
+               "<bos>[user]S\n\nU<|im_end|>[assistant]A<|im_end|>"),
     "generation": (GENERATION, "<bos>", "<eos>", "<bos>[user 2024]U[B]A<eos>",
                    "<bos>[system 2024]S[user 2024]U[B]A<eos>")}
 SPECIAL = ["<bos>", "<eos>", BOS, "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
