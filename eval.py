@@ -16,7 +16,7 @@ Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
     stopped       it ended by itself, with the end token of its format
     exact_unseen  exact, over the test pairs that do not stand in train as they are
     dfa_equal     (regexes) it describes the same set of strings
-    correct       (other datasets) what their scorer says, see tasks/scorers.py
+    correct       (other datasets, --scorer) what the scorer says, see tasks/scorers.py
     undecided     how many of these a scorer could not decide; they count as wrong
     p_end         mean probability of the end token right after the target: does the model know when to stop?
     ntp           (text alone: paraphrase) mean next-token loss, in place of all of the above
@@ -36,17 +36,19 @@ from torch import Tensor
 
 from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, pad, render_prompt, render_views
 from jepa_loss import encode, gather, ntp
-from model import Transformer
+from model import Predictor, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, write_text
 from support.generation import generate
+from support.hf import BACKENDS, HFModel, uses_transformers
+from support.hf_tokenizer import load_tokenizer
 from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.runs import read_run, run_summary
 from support.settings import opt, parse_options
 from support.tables import table, to_hex
 from support.tokenizer import FORMATS, Tokenizer
 from tasks.datasets import Dataset, Example, announce, load_dataset
-from tasks.scorers import check_databases, scorer_of
+from tasks.scorers import SCORERS, check_databases, scorer_of
 
 # ---- answers and what they are worth -----------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, o: ViewOpt
     else:
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
-        result = score(test, answers, stopped, data.leaked, scorer_of(data.name, data.folder))
+        result = score(test, answers, stopped, data.leaked, scorer_of(data))
         result["p_end"] = mean_p_end(model, tokenizer, test)
     sample = test[:COLLAPSE_ITEMS]
     if len(sample) > 1:
@@ -207,6 +209,9 @@ class EvalOptions:
     system: str | None = opt(None, "the instruction (default: that of the run's data)", needs="prompt")
     dataset: str = opt("", "score on this dataset instead of each run's own", needs="!embeddings")
     test_file: str = opt("", "the test split of a dataset of your own", needs="dataset=*.jsonl")
+    scorer: Literal[("", *SCORERS)] = opt("", "judges its answers, beside exact match",
+                                          needs="dataset=*.jsonl")
+    databases: str = opt("", "of --scorer sql: folder of DB_ID/DB_ID.sqlite", needs="scorer=sql")
     n_test: int = opt(0, "score on the first N examples", needs="dataset", low=1)
     on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is",
                                             needs="dataset")
@@ -218,6 +223,8 @@ class EvalOptions:
     embeddings: bool = opt(False, "look at the embeddings instead of scoring")
     max_new_tokens: int = opt(0, "longest answer (default: 1.5 times the longest of train)", low=1,
                               needs="!embeddings")
+    backend: Literal[BACKENDS] = opt("auto", "whose model code (default: the run's), see train.py")
+    trust_remote_code: bool = opt(False, "run the Python files of the folder")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
 
 
@@ -227,6 +234,15 @@ def view_options(run: dict) -> ViewOptions:
     return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
 
 
+def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False):
+    """Model, in float32, and tokenizer of a folder: model.Transformer, or any model of transformers."""
+    if uses_transformers(folder, backend):
+        model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
+    else:
+        model = Transformer.from_pretrained(folder, torch.float32)
+    return model, load_tokenizer(folder, model.config.vocab_size, format, backend)
+
+
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
     """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any."""
     run = read_run(folder) if Path(folder, "run.json").exists() else {}
@@ -234,15 +250,16 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
         raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
-    model = Transformer.from_pretrained(folder, torch.float32)
+    settings = run.get("config", {})
+    backend = settings.get("backend", "auto") if o.backend == "auto" else o.backend
+    format = settings.get("format", "auto") if o.format == "auto" else o.format
+    model, tokenizer = read_model(folder, backend, format, o.trust_remote_code)
     rows, k = 0 if model.pred_embedding is None else len(model.pred_embedding), view_options(run).k
     if rows < k:
         raise BadInput(f"{folder}/pred_embedding.safetensors: holds {rows} predictor tokens, the run has {k}")
-    if run and run["config"].get("predictor", "tokens") != "tokens" and model.predictor is None:
+    if settings.get("predictor", "tokens") != "tokens" and model.predictor is None:
         raise BadInput(f"{folder}/predictor.safetensors: no such file, but the run has a learned predictor")
-    model.embed_layer = run["config"].get("layer", -1) if run else -1
-    format = run["config"].get("format", "auto") if run and o.format == "auto" else o.format
-    tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
+    model.embed_layer = settings.get("layer", -1)
     return model.to(pick_device(o.device)).eval(), tokenizer, run
 
 
@@ -250,7 +267,7 @@ def load_run_data(folder: str | Path, run: dict, o: EvalOptions) -> tuple[Datase
     """The data of a run; are they the very files? If not, --other_data must be given."""
     c = run["config"]
     data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"], c["n_test"])
+                        c["eval_split"], c["n_test"], c.get("scorer", ""), c.get("databases", ""))
     same = list(data.files.values()) == list(run["files"].values())
     announce(data)
     check_databases(data)
@@ -283,7 +300,8 @@ def score_model(folder: str | Path, o: EvalOptions) -> dict:
         raise BadInput("a dataset of your own needs --test_file")
     model, tokenizer, run = load_model(folder, o)
     data = load_dataset(o.dataset, o.data_dir or run.get("config", {}).get("data_dir", "data"), o.test_file,
-                        n_test=o.n_test, eval_split="valid" if o.dataset == "paraphrase" else "test")
+                        n_test=o.n_test, scorer=o.scorer, databases=o.databases,
+                        eval_split="valid" if o.dataset == "paraphrase" else "test")
     announce(data)
     check_databases(data)
     data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, view_options(run))
@@ -316,7 +334,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     if not o.prompt:
         raise BadInput("--prompt is empty")
     model, tokenizer, run = load_model(folder, o)
-    if o.system is not None and "system" not in tokenizer.format.opening:
+    if o.system is not None and not ("system" in tokenizer.format.opening or tokenizer.format.system_in_user):
         raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
     example = Example(o.prompt, "", system=run.get("system", "") if o.system is None else o.system)
     (answer, stopped), = answer_texts(model, tokenizer, [example],

@@ -97,8 +97,7 @@ def child(job: dict, programs: dict) -> None:
         os.dup2(os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job.get("env", {}))
-    if "RANK" in os.environ:
-        distributed.rank, distributed.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.rank, distributed.world, distributed.problem = distributed.read_environment(os.environ)
     os.chdir(job.get("cwd") or job["folder"])
     signal.alarm(300)  # a rank whose other one died would wait for hours
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

@@ -290,13 +290,14 @@ def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
 @pytest.mark.parametrize("name,readers", [
     ("run.json", "train score answer base"), ("eval.json", "train"), ("metrics.jsonl", "score"),
     ("config.json", "score answer base"), ("model.safetensors", "score answer base"),
-    ("tokenizer.model", "score answer base"), ("pred_embedding.safetensors", "score answer base")])
+    ("tokenizer.json", "score answer base"), ("pred_embedding.safetensors", "score answer base")])
 def test_a_harmed_finished_run(three_runs, tmp_path, name, readers, harm):
     """Whoever reads the file names it, and changes nothing: who would show the result, score the run again,
     answer from it, or begin with it."""
     folder, command = three_runs
     run = tmp_path / "run"
     shutil.copytree(folder / "a", run)
+    (run / "tokenizer.model").unlink()  # which would take the place of a tokenizer.json that is deleted
     HARM[harm](run / name, folder)
     if harm == "deleted":  # without run.json it is a model folder; a new [PRED] may be trained on it
         readers = {"run.json": "train score", "eval.json": "",
