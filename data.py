@@ -29,6 +29,7 @@ from torch import Tensor
 from jepa_loss import dense_mask
 from support import distributed
 from support.files import BadInput, main_guard
+from support.hf_tokenizer import load_tokenizer
 from support.settings import opt, parse_options
 from support.speed import Sampler, Shape, pack, pad_to
 from support.tokenizer import FORMATS, Tokenizer, train_bpe
@@ -67,9 +68,11 @@ class Views(NamedTuple):
 def render_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Main up to where the answer begins. Text is tokenized apart from the marks around it, so training and
     generation share the prompt's ids."""
-    f = tokenizer.format
-    ids = list(f.start)
-    for role, said in (("system", example.system), ("user", example.text)):
+    f, text = tokenizer.format, example.text
+    if f.system_in_user and example.system:
+        text = f"{example.system}\n\n{text}"
+    ids = [*f.start, *(() if example.system else f.no_system)]
+    for role, said in (("system", example.system), ("user", text)):
         if (said or role == "user") and role in f.opening:  # the plain format has no system turn
             ids += f.opening[role] + tokenizer.encode(said) + f.closing[role]
     return ids + f.opening["assistant"]
@@ -419,7 +422,7 @@ def show(o: ShowOptions) -> None:
         raise BadInput(f"--index {o.index}: there are {len(train)} training examples")
     example = replace(train[o.index], text_only=o.name == "paraphrase")
     if o.init_from:
-        tokenizer = Tokenizer.load(o.init_from, format=o.format)
+        tokenizer = load_tokenizer(o.init_from, format=o.format)
     else:
         tokenizer = own_tokenizer(train, o.vocab_size, o.format)
     batch = collate_fused([render_views(example, tokenizer, o)], [True])

@@ -36,10 +36,12 @@ from torch import Tensor
 
 from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, pad, render_prompt, render_views
 from jepa_loss import encode, gather, ntp
-from model import Transformer
+from model import Predictor, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, write_text
 from support.generation import generate
+from support.hf import BACKENDS, HFModel, uses_transformers
+from support.hf_tokenizer import load_tokenizer
 from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.runs import read_run, run_summary
 from support.settings import opt, parse_options
@@ -221,6 +223,8 @@ class EvalOptions:
     embeddings: bool = opt(False, "look at the embeddings instead of scoring")
     max_new_tokens: int = opt(0, "longest answer (default: 1.5 times the longest of train)", low=1,
                               needs="!embeddings")
+    backend: Literal[BACKENDS] = opt("auto", "whose model code (default: the run's), see train.py")
+    trust_remote_code: bool = opt(False, "run the Python files of the folder")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
 
 
@@ -230,6 +234,15 @@ def view_options(run: dict) -> ViewOptions:
     return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
 
 
+def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False):
+    """Model, in float32, and tokenizer of a folder: model.Transformer, or any model of transformers."""
+    if uses_transformers(folder, backend):
+        model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
+    else:
+        model = Transformer.from_pretrained(folder, torch.float32)
+    return model, load_tokenizer(folder, model.config.vocab_size, format, backend)
+
+
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
     """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any."""
     run = read_run(folder) if Path(folder, "run.json").exists() else {}
@@ -237,15 +250,16 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
         raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
-    model = Transformer.from_pretrained(folder, torch.float32)
+    settings = run.get("config", {})
+    backend = settings.get("backend", "auto") if o.backend == "auto" else o.backend
+    format = settings.get("format", "auto") if o.format == "auto" else o.format
+    model, tokenizer = read_model(folder, backend, format, o.trust_remote_code)
     rows, k = 0 if model.pred_embedding is None else len(model.pred_embedding), view_options(run).k
     if rows < k:
         raise BadInput(f"{folder}/pred_embedding.safetensors: holds {rows} predictor tokens, the run has {k}")
-    if run and run["config"].get("predictor", "tokens") != "tokens" and model.predictor is None:
+    if settings.get("predictor", "tokens") != "tokens" and model.predictor is None:
         raise BadInput(f"{folder}/predictor.safetensors: no such file, but the run has a learned predictor")
-    model.embed_layer = run["config"].get("layer", -1) if run else -1
-    format = run["config"].get("format", "auto") if run and o.format == "auto" else o.format
-    tokenizer = Tokenizer.load(folder, model.config.vocab_size, format)
+    model.embed_layer = settings.get("layer", -1)
     return model.to(pick_device(o.device)).eval(), tokenizer, run
 
 
@@ -320,7 +334,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     if not o.prompt:
         raise BadInput("--prompt is empty")
     model, tokenizer, run = load_model(folder, o)
-    if o.system is not None and "system" not in tokenizer.format.opening:
+    if o.system is not None and not ("system" in tokenizer.format.opening or tokenizer.format.system_in_user):
         raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
     example = Example(o.prompt, "", system=run.get("system", "") if o.system is None else o.system)
     (answer, stopped), = answer_texts(model, tokenizer, [example],

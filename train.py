@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Sampler, ViewOptions, fit_splits, micro_batches, own_tokenizer, render_views
-from eval import default_max_new_tokens, evaluate
+from eval import default_max_new_tokens, evaluate, read_model
 from jepa_loss import DISTANCES, REGULARISERS, Terms, dense_mask, flex_mask, fused, stop_gradient
 from jepa_loss import three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
@@ -40,6 +40,7 @@ from support import distributed
 from support.checkpoint import add_end_token
 from support.distributed import DEVICES, device_available, pick_device
 from support.files import BadInput, interrupts, main_guard, read_json, sha256, write_text
+from support.hf import BACKENDS
 from support.lora import add_lora, merge_lora
 from support.runs import Run, git_commit, read_run, run_summary, trainable
 from support.settings import fill, opt, parse, problems, raise_problems, run_name
@@ -79,9 +80,13 @@ class Config(ViewOptions):
     eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
     on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
     vocab_size: int = of_data(512, "at most so many BPE tokens, of train", low=256, needs="!init_from")
-    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by its tokens", needs="init_from")
+    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by tokens; template: the folder's",
+                                       needs="init_from")
 
     init_from: str = of_model("", "begin with a run, or a Hugging Face folder", identity="content")
+    backend: Literal[BACKENDS] = of_model("auto", "whose model code; auto: transformers' where model_type is "
+                                          "not llama", needs="init_from")
+    trust_remote_code: bool = of_model(False, "run the Python files of the folder", needs="init_from")
     lora_rank: int = of_model(0, "train adapters of this rank; 0: the weights", low=0, needs="init_from")
     lora_dropout: float = of_model(0.1, "in front of the adapters", low=0, below=1, needs="lora_rank")
     preset: Literal[tuple(PRESETS)] = of_model("nano", "shape of the model", needs="!init_from")
@@ -222,6 +227,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.dtype, self.ema = model, dtype, ema
         flex = c.row_len and model.device.type == "cuda" and c.compile is not False
+        flex = flex and getattr(model, "takes_block_masks", True)
         flex = c.attention == "flex" or c.attention == "auto" and flex
         self.passes = three_pass if c.passes == "three" else partial(
             fused, masking=flex_mask if flex else dense_mask)
@@ -305,8 +311,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     elif Path(c.init_from, "run.json").exists() and not Path(c.init_from, "eval.json").exists():
         raise BadInput(f"--init_from {c.init_from}: its training is not finished")
     else:
-        model = Transformer.from_pretrained(c.init_from, torch.float32)
-        tokenizer = Tokenizer.load(c.init_from, model.config.vocab_size, c.format)
+        model, tokenizer = read_model(c.init_from, c.backend, c.format, c.trust_remote_code)
     if len(model.pred_embedding if model.pred_embedding is not None else ()) != c.k:
         model.add_predictors(c.k, c.seed)
     if c.predictor == "tokens":
@@ -326,6 +331,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
 def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
+            or path.suffix == ".py" and c.trust_remote_code
             or path.name in ("config.json", *CARRIED)] if c.init_from else []
     base_run = ""  # the run that --init_from is, by its settings without the seed
     if c.init_from and Path(c.init_from, "run.json").exists():
@@ -411,8 +417,9 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
-          f"{len(data.train)} examples, {length} on {distributed.world} x {device} in {dtype}; run folder "
-          f"{run.folder}{f', from step {start}' if start else ''}", flush=True)
+          f"{len(data.train)} examples in format {tokenizer.format.name}, {length} on {distributed.world} x "
+          f"{device} in {dtype}; run folder {run.folder}"
+          f"{f', from step {start}' if start else ''}", flush=True)
 
     steps, logged, saved = range(start, total), seen, start
     batches_of_steps = prefetch(make, steps) if c.prefetch else map(make, steps)
@@ -476,7 +483,8 @@ def train(c: Config) -> dict:
         model, tokenizer = make_model(c, data)
         lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-        run = Run(folder, describe_run(c, data, device, limit), Config, FORMER, writes=distributed.rank == 0)
+        record = describe_run(c, data, device, limit) | {"format_in_use": tokenizer.format.name}
+        run = Run(folder, record, Config, FORMER, writes=distributed.rank == 0)
     with run:
         if (folder / "eval.json").exists():
             print(f"{folder}: finished before")

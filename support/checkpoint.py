@@ -129,6 +129,18 @@ def load_tensor(path: Path, name: str, shape: tuple, dtype: torch.dtype | None) 
     return tensor
 
 
+def load_extras(model: nn.Module, folder: Path, dtype: torch.dtype | None, width: int) -> None:
+    """Give the model what a folder has beyond a model of others: [PRED] rows (k, width) and a predictor."""
+    if (folder / PRED_FILE).exists():
+        rows = load_tensor(folder / PRED_FILE, "pred_embedding", (None, width), dtype)
+        model.pred_embedding = nn.Parameter(rows)
+    if (folder / HEAD_FILE).exists():
+        with opened(folder / HEAD_FILE) as file:
+            model.add_predictor("mlp" if "out.weight" in file.keys() else "linear", seed=0)
+        for name, weight in model.predictor.named_parameters():
+            weight.data = load_tensor(folder / HEAD_FILE, name, weight.shape, dtype)
+
+
 def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.dtype | None) -> nn.Module:
     """build(fields of a ModelConfig), with the stored tensors as its parameters, one by one: the peak of
     memory is the weights and one tensor. dtype: see load_tensor. BadInput names the file, and the tensor."""
@@ -148,15 +160,21 @@ def load_folder(folder: Path, build: Callable[[dict], nn.Module], dtype: torch.d
         raise BadInput(f"{folder}: config.json ties lm_head.weight to the embedding, but they differ")
     if stored:
         raise BadInput(f"{folder}: unknown tensor {min(stored)}; is config.json another model's?")
-    if (folder / PRED_FILE).exists():
-        rows = load_tensor(folder / PRED_FILE, "pred_embedding", (None, embedding.shape[1]), dtype)
-        model.pred_embedding = nn.Parameter(rows)
-    if (folder / HEAD_FILE).exists():
-        with opened(folder / HEAD_FILE) as file:
-            model.add_predictor("mlp" if "out.weight" in file.keys() else "linear", seed=0)
-        for name, weight in model.predictor.named_parameters():
-            weight.data = load_tensor(folder / HEAD_FILE, name, weight.shape, dtype)
+    load_extras(model, folder, dtype, embedding.shape[1])
     return model
+
+
+def save_tensors(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
+    """Write these safetensors files, atomically; OSError if the disk does not take one."""
+    for file, tensors in files.items():
+        if not tensors:  # of a model that was here before
+            (folder / file).unlink(missing_ok=True)
+            continue
+        try:
+            with atomic(folder / file) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file}: cannot be written ({error})") from None
 
 
 def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
@@ -179,15 +197,7 @@ def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
         else:
             file, key = "model.safetensors", hf_name(name)
         files[file][key] = weight.detach().cpu()
-    for file, tensors in files.items():
-        if not tensors:  # of a model that was here before
-            (folder / file).unlink(missing_ok=True)
-            continue
-        try:
-            with atomic(folder / file) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder / file}: cannot be written ({error})") from None
+    save_tensors(folder, files)
 
 
 def add_end_token(folder: Path, end: int) -> None:

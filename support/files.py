@@ -130,6 +130,7 @@ def main_guard():
     2; a signal is one line and, as shells have it, 128 + its number."""
     old = {number: signal.signal(number, interrupts) for number in SIGNALS
            if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some on purpose
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed (`>&-`)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # where a letter cannot be shown, its number is
             stream.reconfigure(errors="backslashreplace")
@@ -137,7 +138,7 @@ def main_guard():
         if sys.version_info < (3, 11):  # noqa: UP036  who has an older one is told so
             raise BadInput(f"needs Python 3.11 or newer; this is {sys.version.split()[0]}")
         yield
-        print(end="", flush=True)  # here, where a closed pipe is caught
+        sys.stdout.flush()  # here, where a closed pipe is caught
     except BrokenPipeError:  # `| head` has seen enough; Python would flush again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as shells have it of SIGPIPE

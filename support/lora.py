@@ -30,7 +30,9 @@ def projections(model: nn.Module) -> list[Projection]:
 
 def add_lora(model: nn.Module, rank: int, dropout: float, seed: int) -> None:
     """Give every Projection an adapter. After this only the adapters, `pred_embedding` and `predictor` are
-    trained."""
+    trained. A model that has a way of its own (support/hf.py) goes it."""
+    if hasattr(model, "add_adapters"):
+        return model.add_adapters(rank, dropout, seed)
     generator = torch.Generator().manual_seed(seed + 2)  # the model's own weights took seed and seed + 1
     for name, weight in model.named_parameters():
         weight.requires_grad_(name.startswith(("pred_embedding", "predictor.")))
@@ -44,6 +46,8 @@ def add_lora(model: nn.Module, rank: int, dropout: float, seed: int) -> None:
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Add every adapter to its weight, W + 2 B A, and remove it."""
+    if hasattr(model, "merge_adapters"):
+        return model.merge_adapters()
     for layer in projections(model):
         if layer.lora_a is not None:
             layer.weight.copy_(layer.weight + 2 * layer.lora_b @ layer.lora_a)

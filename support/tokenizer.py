@@ -8,7 +8,7 @@ import base64
 import codecs
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
+from support.chat import cut_template
 from support.files import BadInput, atomic, read_json, refuse_other_kinds
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
@@ -191,7 +192,8 @@ FORMAT_TOKENS = {name: tuple(dict.fromkeys(regex.findall(MARK, start + str(turns
                  for name, (start, turns) in TEMPLATES.items()}
 PLAIN_IN_JINJA = ("<|begin|>{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}<|sep|>"
                   "{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}")
-FORMATS = ("auto", *TEMPLATES)  # auto: the first of these whose special tokens the tokenizer has
+# auto: the first of ours whose special tokens the tokenizer has; template: what the folder's own one writes
+FORMATS = ("auto", *TEMPLATES, "template")
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class Format:
     opening: dict[str, list[int]]
     closing: dict[str, list[int]]
     end: int  # ends a turn, and so an answer
+    no_system: Sequence[int] = ()  # what a template writes in place of a system turn where there is none
+    system_in_user: bool = False  # there is no system turn: an instruction goes in front of the user's text
 
 
 def make_format(name: str, special: dict[str, int], encode: Callable[[str], list[int]]) -> Format:
@@ -225,6 +229,38 @@ def make_format(name: str, special: dict[str, int], encode: Callable[[str], list
     return Format(name, ids(start), opening, closing, end=special[FORMAT_TOKENS[name][-1]])
 
 
+def template_format(folder: Path, encode: Callable[[str], list[int]], special: set[int]) -> Format:
+    """The format that the folder's own chat template writes. encode: ids of a piece of it, special tokens
+    among them. BadInput if there is none, or if its answers have no end."""
+    pieces = cut_template(folder)
+    if pieces is None:
+        raise BadInput(f"has no chat template: --format names one of {', '.join(TEMPLATES)}, if the "
+                       "tokenizer has its special tokens; or write a chat_template.jinja")
+    opening, closing = ({role: encode(piece) for role, piece in side.items()}
+                        for side in (pieces.opening, pieces.closing))
+    if not closing["assistant"] or closing["assistant"][0] not in special:
+        raise BadInput(f"its chat template ends an answer with {pieces.closing['assistant']!r}, which does "
+                       "not begin with a special token")
+    return Format("template", encode(pieces.start), opening, closing, closing["assistant"][0],
+                  encode(pieces.no_system), pieces.system_in_user)
+
+
+def note_on_template(folder: Path, name: str) -> None:
+    """Say so in one line where the folder's own chat template writes something else than a format of ours."""
+    try:
+        theirs, what = cut_template(folder), ""
+    except BadInput as error:
+        theirs, what = None, str(error)
+    if theirs is not None:
+        start, turns = TEMPLATES[name]
+        ours = (start, {role: turn[0] for role, turn in turns.items()},
+                {role: turn[1] for role, turn in turns.items()}, "")
+        if ours != (theirs.start, theirs.opening, theirs.closing, theirs.no_system):
+            what = f"its chat template writes {theirs.write('...', '...')!r} (so does --format template)"
+    if what:
+        print(f"note: {folder}: {what}; turns are written as --format {name} has them")
+
+
 # ---- both together -----------------------------------------------------------------------------------------
 
 # files of a checkpoint that belong to its tokenizer; a run's folder gets them unchanged
@@ -238,12 +274,13 @@ class Tokenizer:
     ranks, pattern  token -> id, and the regex that cuts a text into pieces, see bpe.py
     special         special token -> id; None: those of the plain format, numbered after the ranks
     nfc             whether texts are brought to Unicode's form NFC first
+    format          one of FORMATS but "template", or a function Tokenizer -> Format
     vocab_size      V of the model, whose vocabulary may be larger than the tokenizer's; 0: no larger
     files           name -> content, what `save` writes; None: those of a vocabulary of our own
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special: dict[str, int] | None = None,
-                 nfc: bool = False, format: str = "auto", vocab_size: int = 0,
+                 nfc: bool = False, format: str | Callable = "auto", vocab_size: int = 0,
                  files: dict[str, bytes] | None = None):
         if special is None:
             special = {token: len(ranks) + i for i, token in enumerate(FORMAT_TOKENS["plain"])}
@@ -264,7 +301,7 @@ class Tokenizer:
                 mergeable_ranks=ranks | {byte: i for i, byte in self.missing.items()})
         except (ValueError, TypeError, OverflowError) as error:
             raise BadInput(f"the tokenizer's pattern {pattern!r} is no regex ({error})") from None
-        self.format = make_format(format, special, self.encode)
+        self.format = format(self) if callable(format) else make_format(format, special, self.encode)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks."""
@@ -321,7 +358,19 @@ class Tokenizer:
             ranks = read_tiktoken(folder / "tokenizer.model")
             special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
             options = {"ranks": ranks, "pattern": LLAMA3, "special": special, "files": files}
+
+        def own_template(self: "Tokenizer") -> Format:
+            special = options.get("special") or {}
+            marks = f"({'|'.join(map(regex.escape, special))})" if special else "(?!)"
+            return template_format(folder, lambda text: [
+                i for part in regex.split(marks, text) if part
+                for i in ([special[part]] if part in special else self.encode(part))], set(special.values()))
+
         try:
-            return cls(**options, vocab_size=vocab_size, format=format)
+            made = cls(**options, vocab_size=vocab_size,
+                       format=own_template if format == "template" else format)
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
+        if format != "template":
+            note_on_template(folder, made.format.name)
+        return made
