@@ -182,3 +182,10 @@ def test_a_pipe_that_is_closed(lines):
     reply = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
                            env=os.environ | {"CODE": code})
     assert reply.stdout == ("0\n" if lines == 10 else "141\n") and reply.stderr == ""
+
+
+def test_an_output_that_is_closed():
+    code = "import sys\nfrom support.files import main_guard\nwith main_guard(): print(sys.stdout.isatty())"
+    reply = subprocess.run(["bash", "-c", f'{sys.executable} -c "$CODE" >&-'], cwd=ROOT, capture_output=True,
+                           text=True, env=os.environ | {"CODE": code})
+    assert (reply.returncode, reply.stderr) == (0, "")
