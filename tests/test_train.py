@@ -385,6 +385,12 @@ def test_a_budget_of_flops(whole, argv, tmp_path):
     assert result["trained"]["flops"] == rows[-1]["flops"]
 
 
+def test_a_budget_that_one_step_spends(argv, tmp_path):
+    """One below 1 was divided by as 0."""
+    go(argv[:argv.index("--epochs")], "--max_flops", 0.5, "--max_new_tokens", 4)
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1]
+
+
 def test_no_prefetch_starts_no_thread(argv, monkeypatch):
     monkeypatch.setattr(train, "prefetch", lambda *_: pytest.fail("a thread"))
     go(argv, "--max_steps", 2, "--no-prefetch")
