@@ -171,7 +171,7 @@ def test_a_signal_that_comes_twice_still_waits():
 @pytest.mark.parametrize("training", [False, True])
 def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch, training):
     """It makes an error of its own of what its callbacks raise. While Spider's epoch was scored, in training,
-    the next query that failed ended the program before the checkpoint of the epoch; there the signal waits."""
+    the next query that failed ended the program before the epoch's checkpoint; there the signal waits."""
     sqlite3.connect(tmp_path / "d.sqlite").close()
     monkeypatch.setattr(scorers, "interrupts", Interrupts())
     endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"

@@ -153,8 +153,8 @@ def test_every_variant_sees_the_same_examples(argv, tmp_path):
                                    "--target ema --predictor mlp --pool mean --lam_warmup 0.5"])
 def test_micro_batches_equal_the_big_batch(argv, tmp_path, flags):
     """Float64: terms and gradient of every step and the weights at the end, to 1e-9; also where a run goes on
-    with another --micro_batch. The official code divides one variant's gradient by the number of micro-batches
-    and not the other's."""
+    with another --micro_batch. The official code divides one variant's gradient by the number of
+    micro-batches and not the other's."""
     argv = [*argv, *flags.split(), "--dtype", "float64", "--batch_size", "20", "--epochs", "4",
             "--checkpoint_every", "6"]
     go(argv, "--out", tmp_path / "whole")
