@@ -268,7 +268,7 @@ def make_optimizer(model: nn.Module, c: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
 
 
-def lr_at(start: int, end: int, budget: int, c: Config) -> float:
+def lr_at(start: float, end: float, budget: float, c: Config) -> float:
     """Linear up over the warm-up, then down to 0 along half a cosine, for a step from `start` to `end` of a
     budget of steps or FLOPs."""
     warmup = max(1, round(c.warmup * budget))
@@ -434,7 +434,7 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                 run.save(model, optimizer, step, seen, ema)
                 raise KeyboardInterrupt(f"the same command goes on from step {step}")
             counts, examples, flops = count_step(c, model, batches)
-            budget = (seen["flops"], seen["flops"] + flops, int(c.max_flops))
+            budget = (seen["flops"], seen["flops"] + flops, c.max_flops)
             before, after, whole = budget if c.max_flops else (step, step + 1, total)
             lr, weights = lr_at(before, after, whole, c), weights_of_terms(c, before / whole)
             for group in optimizer.param_groups:

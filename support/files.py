@@ -102,12 +102,13 @@ class Interrupts:
     """A handler of signals: KeyboardInterrupt at once, or, in a block `with interrupts.deferred()`, nothing
     but `asked`, the signal's number, for the block to look at. There, a second signal a second later does not
     wait (launchers send the first one twice)."""
-    asked, since, waits = 0, 0.0, False
+    asked, since, waits, raised = 0, 0.0, False, False
 
     def __call__(self, number: int, _) -> None:
         if not self.asked:
             self.asked, self.since = number, time.monotonic()
         if not self.waits or time.monotonic() - self.since > 1:
+            self.raised = True
             raise KeyboardInterrupt
 
     @contextlib.contextmanager

@@ -102,7 +102,7 @@ def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
                 return None
         return (len(cursor.description), rows) if cursor.description else None  # an empty statement has none
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
-        if interrupts.asked:  # SQLite turns the KeyboardInterrupt in a callback into an error of its own
+        if interrupts.raised:  # SQLite turns the KeyboardInterrupt in a callback into an error of its own
             raise KeyboardInterrupt from None
         return None
     finally:

@@ -168,8 +168,10 @@ def test_a_signal_that_comes_twice_still_waits():
         Interrupts()(signal.SIGTERM, None)
 
 
-def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch):
-    """It makes an error of its own of what its callbacks raise."""
+@pytest.mark.parametrize("training", [False, True])
+def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch, training):
+    """It makes an error of its own of what its callbacks raise. While Spider's epoch was scored, in training,
+    the next query that failed ended the program before the epoch's checkpoint; there the signal waits."""
     sqlite3.connect(tmp_path / "d.sqlite").close()
     monkeypatch.setattr(scorers, "interrupts", Interrupts())
     endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
@@ -177,8 +179,14 @@ def test_sqlite_does_not_swallow_a_signal(tmp_path, monkeypatch):
     old = signal.signal(signal.SIGTERM, scorers.interrupts)
     try:
         timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            scorers.run_query(tmp_path / "d.sqlite", endless)
+        if training:
+            monkeypatch.setattr(scorers, "MAX_SECONDS", 1)
+            with scorers.interrupts.deferred():
+                assert scorers.run_query(tmp_path / "d.sqlite", endless) is None
+            assert scorers.interrupts.asked == signal.SIGTERM
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                scorers.run_query(tmp_path / "d.sqlite", endless)
     finally:
         signal.signal(signal.SIGTERM, old)
 
@@ -284,6 +292,16 @@ def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
         go(command, "--out", run)
     assert "\n" not in str(error.value)
     assert contents(run) == {"metrics.jsonl": b""} | before
+
+
+def test_a_checkpoint_and_metrics_of_another_seed(three_runs, tmp_path):
+    """They fit each other and the shapes of the model, but not run.json."""
+    folder, command = three_runs
+    run = tmp_path / "run"
+    shutil.copytree(folder / "seed", run, ignore=shutil.ignore_patterns("eval.json"))
+    shutil.copy(folder / "a" / "run.json", run)
+    with pytest.raises(BadInput, match="state.pt: of another run"):
+        go(command, "--out", run)
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "deleted"])

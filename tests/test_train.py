@@ -152,20 +152,22 @@ def test_every_variant_sees_the_same_examples(argv, tmp_path):
 @pytest.mark.parametrize("flags", ["--lam 0", "--alpha 0.5 --k 2 --stp 0.5",
                                    "--target ema --predictor mlp --pool mean --lam_warmup 0.5"])
 def test_micro_batches_equal_the_big_batch(argv, tmp_path, flags):
-    """Float64: the gradient of every step and the weights at the end, to 1e-9; also where a run goes on with
-    another --micro_batch. The official code divides one variant's gradient by the number of micro-batches and
-    not the other's."""
+    """Float64: terms and gradient of every step and the weights at the end, to 1e-9; also where a run goes on
+    with another --micro_batch. The official code divides one variant's gradient by the number of
+    micro-batches and not the other's."""
     argv = [*argv, *flags.split(), "--dtype", "float64", "--batch_size", "20", "--epochs", "4",
             "--checkpoint_every", "6"]
     go(argv, "--out", tmp_path / "whole")
     go(argv, "--micro_batch", 6, "--out", tmp_path / "small")
     die_at_step(8, argv)
     go(argv, "--micro_batch", 7)
-    norms = [row["grad_norm"] for row in steps_of(tmp_path / "whole")]
-    assert len(norms) == 16
+    rows, terms = steps_of(tmp_path / "whole"), ("ntp", "jepa", "stp", "loss", "grad_norm")
+    assert len(rows) == 16
     for name in ("small", "run"):
         assert_equal_runs(tmp_path / "whole", tmp_path / name, 1e-9)
-        assert norms == pytest.approx([row["grad_norm"] for row in steps_of(tmp_path / name)], abs=1e-9)
+        for ours, theirs in zip(rows, steps_of(tmp_path / name), strict=True):
+            for term in set(terms) & ours.keys():
+                assert ours[term] == pytest.approx(theirs[term], abs=1e-9), term
 
 
 def test_lam_0_is_plain_training_bit_for_bit(argv, tmp_path):
@@ -383,6 +385,12 @@ def test_a_budget_of_flops(whole, argv, tmp_path):
     assert_equal_runs(tmp_path / "once", tmp_path / "run")
     assert metrics(tmp_path / "once") == metrics(tmp_path / "run")
     assert result["trained"]["flops"] == rows[-1]["flops"]
+
+
+def test_a_budget_that_one_step_spends(argv, tmp_path):
+    """One below 1 was divided by as 0."""
+    go(argv[:argv.index("--epochs")], "--max_flops", 0.5, "--max_new_tokens", 4)
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1]
 
 
 def test_no_prefetch_starts_no_thread(argv, monkeypatch):
