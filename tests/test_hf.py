@@ -171,7 +171,7 @@ PHI3 = ("{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
 GEMMA3 = ("{{ bos_token }}{% set first, turns = '', messages %}{% if messages[0]['role'] == 'system' %}"
           "{% set first, turns = messages[0]['content'] + '\n\n', messages[1:] %}{% endif %}"
-          "{% for m in turns %}[{{ m.role }}]{{ (first if loop.first else '') + m.content }}<|im_end|>{% endfor %}")
+          "{% for m in turns %}[{{ m.role }}]{{ first if loop.first }}{{ m.content }}<|im_end|>{% endfor %}")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 THINK = "<think>\n\n</think>\n\n"
 TALK = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
