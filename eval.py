@@ -16,7 +16,7 @@ Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
     stopped       it ended by itself, with the end token of its format
     exact_unseen  exact, over the test pairs that do not stand in train as they are
     dfa_equal     (regexes) it describes the same set of strings
-    correct       (other datasets) what their scorer says, see tasks/scorers.py
+    correct       (other datasets, --scorer) what the scorer says, see tasks/scorers.py
     undecided     how many of these a scorer could not decide; they count as wrong
     p_end         mean probability of the end token right after the target: does the model know when to stop?
     ntp           (text alone: paraphrase) mean next-token loss, in place of all of the above
@@ -48,7 +48,7 @@ from support.settings import opt, parse_options
 from support.tables import table, to_hex
 from support.tokenizer import FORMATS, Tokenizer
 from tasks.datasets import Dataset, Example, announce, load_dataset
-from tasks.scorers import check_databases, scorer_of
+from tasks.scorers import SCORERS, check_databases, scorer_of
 
 # ---- answers and what they are worth -----------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, data: Dataset, o: ViewOpt
     else:
         written = answer_texts(model, tokenizer, test, max_new_tokens)
         answers, stopped = [answer for answer, _ in written], [ended for _, ended in written]
-        result = score(test, answers, stopped, data.leaked, scorer_of(data.name, data.folder))
+        result = score(test, answers, stopped, data.leaked, scorer_of(data))
         result["p_end"] = mean_p_end(model, tokenizer, test)
     sample = test[:COLLAPSE_ITEMS]
     if len(sample) > 1:
@@ -209,6 +209,9 @@ class EvalOptions:
     system: str | None = opt(None, "the instruction (default: that of the run's data)", needs="prompt")
     dataset: str = opt("", "score on this dataset instead of each run's own", needs="!embeddings")
     test_file: str = opt("", "the test split of a dataset of your own", needs="dataset=*.jsonl")
+    scorer: Literal[("", *SCORERS)] = opt("", "judges its answers, beside exact match",
+                                          needs="dataset=*.jsonl")
+    databases: str = opt("", "of --scorer sql: folder of DB_ID/DB_ID.sqlite", needs="scorer=sql")
     n_test: int = opt(0, "score on the first N examples", needs="dataset", low=1)
     on_long: Literal["error", "drop"] = opt("error", "what an example longer than the context is",
                                             needs="dataset")
@@ -264,7 +267,7 @@ def load_run_data(folder: str | Path, run: dict, o: EvalOptions) -> tuple[Datase
     """The data of a run; are they the very files? If not, --other_data must be given."""
     c = run["config"]
     data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"], c["n_test"])
+                        c["eval_split"], c["n_test"], c.get("scorer", ""), c.get("databases", ""))
     same = list(data.files.values()) == list(run["files"].values())
     announce(data)
     check_databases(data)
@@ -297,7 +300,8 @@ def score_model(folder: str | Path, o: EvalOptions) -> dict:
         raise BadInput("a dataset of your own needs --test_file")
     model, tokenizer, run = load_model(folder, o)
     data = load_dataset(o.dataset, o.data_dir or run.get("config", {}).get("data_dir", "data"), o.test_file,
-                        n_test=o.n_test, eval_split="valid" if o.dataset == "paraphrase" else "test")
+                        n_test=o.n_test, scorer=o.scorer, databases=o.databases,
+                        eval_split="valid" if o.dataset == "paraphrase" else "test")
     announce(data)
     check_databases(data)
     data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, view_options(run))

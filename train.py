@@ -37,6 +37,7 @@ from jepa_loss import DISTANCES, REGULARISERS, Terms, dense_mask, flex_mask, fus
 from jepa_loss import three_pass, total_loss
 from model import PRESETS, ModelConfig, Transformer
 from support import distributed
+from support.checkpoint import add_end_token
 from support.distributed import DEVICES, device_available, pick_device
 from support.files import BadInput, interrupts, main_guard, read_json, sha256, write_text
 from support.hf import BACKENDS
@@ -47,7 +48,7 @@ from support.speed import forward_dtype, largest_shape, prefetch, set_precision
 from support.tables import brief, table
 from support.tokenizer import CARRIED, FORMATS, Tokenizer
 from tasks.datasets import PUBLISHED, Dataset, Example, announce, load_dataset
-from tasks.scorers import check_databases
+from tasks.scorers import SCORERS, check_databases
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
@@ -70,6 +71,10 @@ class Config(ViewOptions):
                             needs="dataset!=*.jsonl")
     test_file: str = of_data("", "the test split of a dataset of your own", identity="nothing",
                              needs="dataset=*.jsonl eval_split=test")
+    scorer: Literal[("", *SCORERS)] = of_data("", "of a dataset of your own, beside exact match",
+                                              needs="dataset=*.jsonl")
+    databases: str = of_data("", "of --scorer sql: folder of DB_ID/DB_ID.sqlite", identity="nothing",
+                             needs="scorer=sql")
     n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
     n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
     eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
@@ -346,6 +351,7 @@ def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, da
     merge_lora(model)
     model.save_pretrained(folder)
     tokenizer.save(folder)
+    add_end_token(folder, tokenizer.format.end)
     result, answers = evaluate(model, tokenizer, data, c, limit)
     result |= run_summary(folder)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
@@ -470,7 +476,8 @@ def train(c: Config) -> dict:
     c = checked(c)
     device, folder = distributed.join(pick_device(c.device)), Path(c.out)
     with distributed.zero_first():
-        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test)
+        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test,
+                            c.scorer, c.databases)
         announce(data)
         check_databases(data)
         model, tokenizer = make_model(c, data)

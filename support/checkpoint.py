@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.files import BadInput, atomic, read_json, write_text
+from support.files import BadInput, atomic, read_json, refuse_other_kinds, write_text
 
 # field of model.ModelConfig -> (its name in config.json, type)
 HF_NAMES = {"vocab_size": ("vocab_size", int), "dim": ("hidden_size", int),
@@ -31,8 +31,11 @@ def hf_name(name: str) -> str:
 
 
 def rope_scaling(path: Path, scaling: dict) -> dict | None:
-    """The rope_scaling of a ModelConfig from that of a config.json at `path`."""
+    """The rope_scaling of a ModelConfig from what a config.json at `path` says."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise BadInput(f"{path}: partial_rotary_factor is {scaling['partial_rotary_factor']!r}, only 1.0 is "
+                       "known here")
     if kind == "default":
         return None
     if kind != "llama3":
@@ -48,18 +51,22 @@ def rope_scaling(path: Path, scaling: dict) -> dict | None:
 def read_config(path: Path) -> dict:
     """The fields of a ModelConfig, with LlamaConfig's defaults; BadInput if the file describes what model.py
     is not."""
-    theirs = read_json(path)
+    theirs = {key: value for key, value in read_json(path).items() if value is not None}
     for key, only in (FIXED | {"quantization_config": None}).items():
         value = theirs.get(key, None if key == "model_type" else only)
         if value != only:
             raise BadInput(f"{path}: {key} is {value!r}, only {only!r} is known here")
-    rope = theirs.get("rope_parameters") or {}  # transformers 5 writes both rope entries into this one
-    scaling = theirs.get("rope_scaling") or rope
-    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+    # Three places can speak of rope. As in transformers 5: rope_scaling replaces rope_parameters, and what
+    # stands in there goes before a rope_theta of its own.
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
         raise BadInput(f"{path}: rope_parameters and rope_scaling must be objects")
-    given = {"rope_theta": rope.get("rope_theta", 1e4), "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-             "tie_word_embeddings": False, "num_key_value_heads": theirs.get("num_attention_heads"),
-             **{key: value for key, value in theirs.items() if value is not None}}
+    given = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+             "num_key_value_heads": theirs.get("num_attention_heads"),
+             **theirs, "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 1e4))}
+    context = {"original_max_position_embeddings": given["max_position_embeddings"]}
+    first = (*context, "partial_rotary_factor")
+    scaling = context | rope | {key: theirs[key] for key in first if key in theirs}
     ours = {"rope_scaling": rope_scaling(path, scaling)}
     for name, (key, kind) in HF_NAMES.items():
         value = given.get(key, ours["dim"] // ours["n_heads"] if key == "head_dim" else None)
@@ -73,13 +80,14 @@ def read_config(path: Path) -> dict:
         raise BadInput(f"{path}: num_key_value_heads must divide num_attention_heads, and head_dim be even")
     known = {*(key for key, _ in HF_NAMES.values()), *FIXED, "rope_scaling", "rope_parameters", "torch_dtype",
              "dtype", "transformers_version", "architectures"}
-    return ours | {"others": {k: v for k, v in theirs.items() if k not in known and v is not None}}
+    return ours | {"others": {k: v for k, v in theirs.items() if k not in known}}
 
 
 @contextlib.contextmanager
 def opened(path: Path):
     """A safetensors file, mapped into memory; BadInput if it is missing or damaged."""
     try:
+        refuse_other_kinds(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
@@ -114,7 +122,11 @@ def load_tensor(path: Path, name: str, shape: tuple, dtype: torch.dtype | None) 
         if kind not in ("F64", "F32", "BF16", "F16"):
             raise BadInput(f"{path}: tensor {name} is of type {kind} (quantized?); only float32, bfloat16 "
                            "and float16 are read")
-        return file.get_tensor(name).to(dtype)
+        tensor = file.get_tensor(name).to(dtype)
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the second, alone, takes a copy
+        raise BadInput(f"{path}: tensor {name} holds NaN or infinity; its training diverged, or the file is "
+                       "damaged")
+    return tensor
 
 
 def load_extras(model: nn.Module, folder: Path, dtype: torch.dtype | None, width: int) -> None:
@@ -186,3 +198,18 @@ def save_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
             file, key = "model.safetensors", hf_name(name)
         files[file][key] = weight.detach().cpu()
     save_tensors(folder, files)
+
+
+def add_end_token(folder: Path, end: int) -> None:
+    """Let the token `end` end an answer elsewhere, as it does here: it joins those of eos_token_id in
+    config.json and generation_config.json."""
+    config = read_json(folder / "config.json")
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        kept = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+        entries = read_json(path) if path.exists() else kept
+        ends = entries.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end not in ends:
+            entries["eos_token_id"] = [*ends, end] if ends else end
+            write_text(path, json.dumps(entries, indent=2) + "\n")

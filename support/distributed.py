@@ -6,8 +6,9 @@ draws for itself). Rank 0 alone writes, prints and scores.
 """
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 import torch
@@ -16,11 +17,33 @@ from torch import nn
 
 from support.files import BadInput
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+
+
+def read_environment(environ: Mapping[str, str]) -> tuple[int, int, str]:
+    """(rank, world, what is wrong with them) by the variables that torchrun sets; an empty one is not set."""
+    given = {name: environ[name] for name in (*NUMBERS, "MASTER_ADDR") if environ.get(name)}
+    for name in NUMBERS:
+        if name in given and not re.fullmatch("[0-9]{1,9}", given[name]):
+            return 0, 1, f"{name}={given[name]}: not a number; torchrun sets it, or unset it for one process"
+    if not {"RANK", "WORLD_SIZE"} & given.keys() or int(given.get("WORLD_SIZE", 0)) == 1:
+        return 0, 1, ""
+    missing = [name for name in (*NUMBERS, "MASTER_ADDR") if name not in given]
+    if missing:
+        return 0, 1, (f"{', '.join(given)} set, but not {', '.join(missing)}: start the program with "
+                      "torchrun, which sets them all, or unset RANK and WORLD_SIZE for one process")
+    rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+    return rank, world, "" if rank < world else f"RANK={rank}: must be below WORLD_SIZE={world}"
+
+
+rank, world, problem = read_environment(os.environ)
 
 
 def join(device: torch.device) -> torch.device:
-    """Meet the others, if any: gloo on a CPU, nccl beside it on CUDA. Returns this rank's device."""
+    """Meet the others, if any: gloo on a CPU, nccl beside it on CUDA. Returns this rank's device. BadInput if
+    the environment does not say who they are."""
+    if problem:
+        raise BadInput(problem)
     if world == 1:
         return device
     if device.type == "cuda":

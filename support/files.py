@@ -4,6 +4,7 @@ Every mistake that a user can make (a flag, a file, a line, a tensor) is raised 
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
 written through `atomic`: a reader sees the old file or the new one, never a half.
 """
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -51,6 +52,24 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+KINDS = {  # how files of other kinds begin -> what they are, and what to do
+    b"version https://git-lfs": "a Git LFS pointer, not the file; run git lfs pull",
+    b"PAR1": "a Parquet file; pandas.read_parquet(...).to_json(..., orient='records', lines=True) makes a "
+             ".jsonl of it",
+    b"\x1f\x8b": "compressed; gunzip it first", b"PK\3\4": "a zip archive; unzip it first",
+    b"\x28\xb5\x2f\xfd": "compressed; unzstd it first", b"BZh": "compressed; bunzip2 it first",
+    codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8"}
+
+
+def refuse_other_kinds(path: str | Path) -> None:
+    """BadInput if a file begins as one does that is never read here, like a Git LFS pointer."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    for magic, what in KINDS.items():
+        if start.startswith(magic):
+            raise BadInput(f"{path}: {what}")
+
+
 def parse_json(content: bytes, where: str | Path) -> dict:
     """A JSON object; BadInput, which begins with `where`, if it is none."""
     try:
@@ -65,6 +84,7 @@ def parse_json(content: bytes, where: str | Path) -> dict:
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
+        refuse_other_kinds(path)
         return parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -72,7 +92,10 @@ def read_json(path: str | Path) -> dict:
 
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 class Interrupts:
@@ -107,8 +130,17 @@ def main_guard():
     2; a signal is one line and, as shells have it, 128 + its number."""
     old = {number: signal.signal(number, interrupts) for number in SIGNALS
            if signal.getsignal(number) != signal.SIG_IGN}  # nohup and a script's `&` ignore some on purpose
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # where a letter cannot be shown, its number is
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036  who has an older one is told so
+            raise BadInput(f"needs Python 3.11 or newer; this is {sys.version.split()[0]}")
         yield
+        print(end="", flush=True)  # here, where a closed pipe is caught
+    except BrokenPipeError:  # `| head` has seen enough; Python would flush again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as shells have it of SIGPIPE
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

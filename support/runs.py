@@ -89,8 +89,10 @@ class Run(contextlib.AbstractContextManager):
             except BlockingIOError:
                 raise BadInput(f"{folder}: another process is training here; choose another --out") from None
         try:
-            if not path.exists():
+            if writes and not path.exists():
                 write_text(path, json.dumps(record, indent=2) + "\n")
+            if not path.exists():  # rank 0 has just written it
+                raise BadInput(f"{path}: not seen by every rank; --out must be a folder that all nodes share")
             self.record = read_run(folder)
             self.recognise(record)
             for left in folder.glob("*.tmp") if writes else ():  # by a killed process

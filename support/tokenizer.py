@@ -5,6 +5,7 @@ tokenizer.json that cuts text like GPT-2, Llama-3, SmolLM2 or Qwen2; any other i
 writes special tokens. In a user's text "<|end|>" is seven characters.
 """
 import base64
+import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import tiktoken
 
 from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
 from support.chat import cut_template
-from support.files import BadInput, atomic, read_json
+from support.files import BadInput, atomic, read_json, refuse_other_kinds
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
 
@@ -37,7 +38,8 @@ LLAMA3_SPECIAL = (
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
     """The ranks in a file of tiktoken's format. (tiktoken's own loader would cache the file by its path.)"""
-    ranks, content = {}, path.read_bytes()
+    refuse_other_kinds(path)
+    ranks, content = {}, path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if content[:1] == b"\n" or b"<unk>" in content[:64]:
         raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
     for number, line in enumerate(content.splitlines(), 1):
@@ -68,7 +70,7 @@ def steps(stage: dict | None, key: str) -> list[dict]:
 
 
 def known_pattern(pre_tokenizer: dict | None) -> str | None:
-    """The one of the four patterns that cuts as this pre_tokenizer does, if any."""
+    """The one of the four patterns, or our own, that cuts as this pre_tokenizer does, if any."""
     match [{"use_regex": True, "invert": False} | step for step in steps(pre_tokenizer, "pretokenizers")]:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2
@@ -77,7 +79,7 @@ def known_pattern(pre_tokenizer: dict | None) -> str | None:
             return SMOLLM2
         case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return pattern if pattern in (LLAMA3, QWEN2) else None
+            return pattern if pattern in (LLAMA3, QWEN2, PATTERN) else None
     return None
 
 
@@ -148,6 +150,33 @@ def read_tokenizer_json(path: Path) -> dict:
                        "Qwen2 is read here") from None
 
 
+def write_tokenizer_json(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> dict:
+    """What parse_tokenizer_json reads, for transformers and others: the merges are all ways to make a token
+    of two, in the order of its rank."""
+    letters = {byte: letter for letter, byte in byte_letters().items()}
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = sorted((ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks)
+        merges += [f"{written(a)} {written(b)}" for _, _, a, b in pairs]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": token, **added} for token, i in special.items()],
+            "normalizer": None, "post_processor": None, "decoder": byte_level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                byte_level]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                      "ignore_merges": True, "merges": merges,
+                      "vocab": {written(token): i for token, i in ranks.items()}}}
+
+
 # ---- how a conversation is written -------------------------------------------------------------------------
 
 # What starts a conversation, and what stands before and after a turn of each role. What is said is tokenized
@@ -161,6 +190,8 @@ TEMPLATES = {
 MARK = r"(<\|\w+\|>)"
 FORMAT_TOKENS = {name: tuple(dict.fromkeys(regex.findall(MARK, start + str(turns))))
                  for name, (start, turns) in TEMPLATES.items()}
+PLAIN_IN_JINJA = ("<|begin|>{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}<|sep|>"
+                  "{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}")
 # auto: the first of ours whose special tokens the tokenizer has; template: what the folder's own one writes
 FORMATS = ("auto", *TEMPLATES, "template")
 
@@ -245,7 +276,7 @@ class Tokenizer:
     nfc             whether texts are brought to Unicode's form NFC first
     format          one of FORMATS but "template", or a function Tokenizer -> Format
     vocab_size      V of the model, whose vocabulary may be larger than the tokenizer's; 0: no larger
-    files           name -> content, what `save` writes; None: the two files of a vocabulary of our own
+    files           name -> content, what `save` writes; None: those of a vocabulary of our own
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special: dict[str, int] | None = None,
@@ -253,7 +284,8 @@ class Tokenizer:
                  files: dict[str, bytes] | None = None):
         if special is None:
             special = {token: len(ranks) + i for i, token in enumerate(FORMAT_TOKENS["plain"])}
-        self.ranks, self.pattern, self.nfc, self.files = ranks, pattern, nfc, files
+        self.ranks, self.pattern, self.special = ranks, pattern, special
+        self.nfc, self.files = nfc, files
         self.tokens = {i: token for token, i in ranks.items()}
         self.tokens |= {i: token.encode("utf-8") for token, i in special.items()}
         needed = max(self.tokens) + 1
@@ -296,10 +328,16 @@ class Tokenizer:
         return name if name.isprintable() else repr(name)[1:-1]
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint's files, or tokenizer.model in tiktoken's format and the pattern as JSON."""
+        """Write the checkpoint's files, or tokenizer.model in tiktoken's format, the pattern, and the same
+        again for transformers: tokenizer.json and a chat template. (There, "<|end|>" in a text is the special
+        token.)"""
         lines = (f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
-        own = {"tokenizer.model": "".join(lines).encode(),
-               "tokenizer_config.json": (json.dumps({"pattern": self.pattern}) + "\n").encode()}
+        config = {"pattern": self.pattern, "tokenizer_class": "PreTrainedTokenizerFast",
+                  "bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>",
+                  "clean_up_tokenization_spaces": False, "chat_template": PLAIN_IN_JINJA}
+        theirs = write_tokenizer_json(self.ranks, self.pattern, self.special)
+        own = {"tokenizer.model": "".join(lines).encode(), "tokenizer.json": json.dumps(theirs).encode(),
+               "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
         for name, content in (own if self.files is None else self.files).items():
             with atomic(Path(folder) / name) as temporary:
                 temporary.write_bytes(content)
@@ -333,6 +371,6 @@ class Tokenizer:
                        format=own_template if format == "template" else format)
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
-        if format != "template":
+        if format != "template" and "pattern" not in config:  # a vocabulary of our own is written in plain
             note_on_template(folder, made.format.name)
         return made

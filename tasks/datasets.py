@@ -1,8 +1,10 @@
 """Pairs of text and code: JSONL files, the published datasets, and how those are fetched.
 
 A line is {"text": ..., "code": ...} or {"messages": [...]}, where the user's message is the text and the
-assistant's is the code. It may also carry "text_view" and "code_view": what the views show instead.
+assistant's is the code, or one of the other layouts of FORMS. It may also carry "text_view" and "code_view":
+what the views show instead.
 """
+import codecs
 import hashlib
 import http.client
 import json
@@ -15,11 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from support.files import BadInput, atomic, parse_json, sha256, write_text
+from support.files import BadInput, atomic, parse_json, refuse_other_kinds, sha256, write_text
 from tasks import nlrx
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -36,38 +39,96 @@ class Example:
     text_only: bool = False  # code does not continue text, it is only its other view (paraphrase)
 
 
+FORMS = ('{"text", "code"}, {"messages": [user, assistant]}, {"prompt", "completion"}, {"instruction", '
+         '"output"} or {"conversations": [human, gpt]}')
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant"}
+
+
 def read_line(line: bytes, where: str) -> Example:
     """The example on a line of a JSONL file; BadInput, which begins with `where`, if it is none."""
     row = parse_json(line, where)
-    parts = {"text": row.get("text"), "code": row.get("code")}
-    parts |= {name: row[name] for name in ("text_view", "code_view") if name in row}
+    row = {key: value for key, value in row.items() if value is not None}  # null: a table's empty cell
+    try:
+        parts = parts_of(row)
+        for key, value in parts.values():
+            if not isinstance(value, str) or not value:
+                raise BadInput(f"{key} must be a non-empty string; a line is {FORMS}")
+            if re.search("[\ud800-\udfff]", value):
+                raise BadInput(f"{key} holds half a surrogate pair, which is no text")
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+    return Example(**{name: value for name, (_, value) in parts.items()}, where=where)
+
+
+def parts_of(row: dict) -> dict[str, tuple[str, Any]]:
+    """Field of an Example -> (the key that it stands under, its value), by the layout of the row."""
+    views = {name: (name, row[name]) for name in ("text_view", "code_view") if name in row}
     if "messages" in row:
-        said = contents(row["messages"], where)
         for name, role in (("text", "user"), ("code", "assistant")):
             if isinstance(row.get(name), list):  # hellaswag: the views are conversations of their own
-                parts[name + "_view"] = contents(row[name], where).get(role)
-            parts[name] = said.get(role)
-        if said.get("system"):
-            parts["system"] = said["system"]
-    for name, value in parts.items():
-        if not isinstance(value, str) or not value:
-            raise BadInput(f"{where}: {name} must be a non-empty string; a line is "
-                           '{"text": ..., "code": ...} or {"messages": [...]}')
-        if re.search("[\ud800-\udfff]", value):
-            raise BadInput(f"{where}: {name} holds half a surrogate pair, which is no text")
-    return Example(**parts, where=where)
+                views[name + "_view"] = (f"{name}_view", dict(turns(row[name])).get(role))
+        return views | one_exchange(turns(row["messages"]))
+    if {"text", "code"} <= row.keys():
+        return {name: (name, row.get(name)) for name in ("text", "code")} | views
+    system = {"system": ("system", row["system"])} if row.get("system") else {}
+    if "conversations" in row:  # ShareGPT
+        return system | one_exchange(turns(row["conversations"])) | views
+    if isinstance(row.get("prompt"), list):  # TRL, conversational
+        return one_exchange(turns(row["prompt"]) + turns(row.get("completion"))) | views
+    if "prompt" in row:
+        return {"text": ("prompt", row["prompt"]), "code": ("completion", row.get("completion"))} | views
+    if "instruction" in row:  # Alpaca
+        if row.get("history"):
+            raise BadInput("history: only one exchange is learned from a line; write a line for each")
+        asked = row["instruction"]
+        if row.get("input"):
+            asked = f"{asked}\n{row['input']}" if isinstance(row["input"], str) else None
+        return {"text": ("instruction", asked), "code": ("output", row.get("output"))} | system | views
+    return {name: (name, row.get(name)) for name in ("text", "code")}
 
 
-def contents(messages, where: str) -> dict:
-    """role -> content of a list of messages; BadInput if it is none, or has another role or one twice."""
-    said = {}
-    for message in messages if isinstance(messages, list) else [None]:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant") or role in said:
-            raise BadInput(f'{where}: messages must be a list of {{"role": ..., "content": ...}}, one of the '
-                           "user, one of the assistant and at most one of the system")
-        said[role] = message.get("content")
+def turns(messages) -> list[tuple[str, Any]]:
+    """(role, content) of each of a list of messages; BadInput if it is none or says a thing twice."""
+    if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role", m.get("from")), str) for m in messages):
+        raise BadInput('messages must be a list of {"role": ..., "content": ...}, conversations one of '
+                       '{"from": ..., "value": ...}')
+    said = []
+    for number, message in enumerate(messages, 1):
+        role = message.get("role", message.get("from"))
+        if role not in ROLES:
+            raise BadInput(f"message {number}: the role {role!r} is not known here ({', '.join(ROLES)})")
+        if ROLES[role] in dict(said):
+            raise BadInput("needs one user and one assistant message, and at most a system one before; "
+                           f"message {number} is a second {role} turn: write a line for each exchange")
+        said.append((ROLES[role], joined(message.get("content", message.get("value")))))
     return said
+
+
+def joined(content):
+    """The content of a message; where it is a list of parts, their text. BadInput names a part without."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise BadInput(f"content has a part of type {kind!r}; only parts of type text are read here")
+    return "".join(part["text"] for part in content)
+
+
+def one_exchange(said: list[tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """text, code and system of a conversation of one exchange; BadInput if it is another."""
+    roles = [role for role, _ in said]
+    if roles[-2:] != ["user", "assistant"] or roles[:-2] not in ([], ["system"]):
+        found = f"found {', '.join(roles) or 'none'}"
+        if "user" in roles and "assistant" in roles:
+            found += ": put them in this order, or leave the line out"
+        raise BadInput("needs one user and one assistant message, and at most a system one before, in this "
+                       f"order; {found}")
+    names = {"user": "text", "assistant": "code", "system": "system"}
+    return {names[role]: (f"the {role}'s content", content) for role, content in said
+            if role != "system" or content}
 
 
 class Examples(Sequence):
@@ -98,6 +159,12 @@ def read_jsonl(path: str | Path) -> Examples:
     file and the line."""
     path, lines, offset = Path(path), array("q"), 0
     try:
+        refuse_other_kinds(path)
+        with open(path, "rb") as file:
+            if file.read(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                raise BadInput(f"{path}: a JSON array, not an object a line; "
+                               f"`jq -c '.[]' {path} > NEW.jsonl` writes one")
+            file.seek(0)
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -163,6 +230,8 @@ def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, 
     if name.endswith(".jsonl"):
         return {"train": Path(name)} | ({"test": Path(test_file)} if test_file else {}), "file"
     if name not in PUBLISHED:
+        if Path(name).is_file():
+            read_jsonl(name)  # says what kind of file it is, if it is another
         raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
     paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
     if name == "nlrx_synth" and not any(path.exists() for path in paths.values()):
@@ -185,6 +254,8 @@ class Dataset:
     source: str  # published | generated | file
     files: dict[str, str]  # path -> sha256
     folder: Path = Path("data")  # where published files are
+    scorer: str = ""  # of a file of one's own, see tasks/scorers.py
+    databases: str = ""  # of the scorer sql
 
     @cached_property
     def leaked(self) -> set[tuple[str, str]]:
@@ -194,12 +265,13 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", n_train: int = 0,
-                 eval_split: str = "test", n_test: int = 0) -> Dataset:
+                 eval_split: str = "test", n_test: int = 0, scorer: str = "", databases: str = "") -> Dataset:
     """The train and test pairs of a published dataset or of your own files.
 
     name             a key of PUBLISHED, or the path of a .jsonl file, whose test split is test_file
     n_train, n_test  use only the first so many examples; 0: all
     eval_split       "valid": the last tenth of train is held out and takes the place of the test split
+    scorer           how answers to a file of your own are judged; databases: see tasks/scorers.py
     """
     paths, source = dataset_paths(name, Path(data_dir), test_file)
     train = read_jsonl(paths["train"])
@@ -219,7 +291,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", test_file: str = "", 
     train, test = train[:n_train or None], test[:n_test or None]
     train.text_only = test.text_only = name == "paraphrase"
     files = {str(path): sha256(path) for path in paths.values()}
-    return Dataset(name, train, test, source, files, Path(data_dir))
+    return Dataset(name, train, test, source, files, Path(data_dir), scorer, databases)
 
 
 def announce(data: Dataset) -> None:

@@ -1,5 +1,8 @@
 """Is an answer right? A scorer is `scorer(answer, text, code)`: True, False, or None where that cannot be
 decided. `text` is the question and `code` the target. An empty answer is wrong everywhere.
+
+The dataset's name decides which scorer is used (OF_DATASET), or, for a file of one's own, --scorer. Exact and
+prefix match, which need none, are in eval.py.
 """
 import re
 import sqlite3
@@ -11,7 +14,7 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
-from support.files import BadInput, interrupts
+from support.files import BadInput, interrupts, refuse_other_kinds
 from tasks import regexes
 from tasks.datasets import Dataset
 
@@ -106,25 +109,27 @@ def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
         connection.close()
 
 
-def database_of(text: str, data_dir: str | Path) -> Path:
-    """The database that a question is about; BadInput if its file is missing or not SQLite's."""
+def database_of(text: str, databases: str | Path) -> Path:
+    """The database that a question is about, DB_ID/DB_ID.sqlite in the folder `databases`; BadInput if its
+    file is missing or not SQLite's."""
     found = re.match(r"For db_id:\[(\w+)\]", text)
     if not found:
         raise BadInput(f"{text[:40]!r}: does not begin with For db_id:[...]")
-    folder = Path(data_dir) / "spider_data"
-    path = folder / "database" / found[1] / f"{found[1]}.sqlite"
+    path = Path(databases, found[1], f"{found[1]}.sqlite")
     if not path.is_file():
-        raise BadInput(f"{path}: no such database; run `python data.py download spider --data_dir ...`")
+        raise BadInput(f"{path}: no such database; --databases must be the folder of DB_ID/DB_ID.sqlite, and "
+                       "`python data.py download spider --data_dir ...` fetches Spider's")
+    refuse_other_kinds(path)
     with open(path, "rb") as file:
         if file.read(16) != b"SQLite format 3\0":
-            raise BadInput(f"{path}: not a SQLite database; remove {folder} and download it again")
+            raise BadInput(f"{path}: not a SQLite database; remove it and put a whole one there")
     return path
 
 
-def same_result(answer: str, text: str, code: str, data_dir: str | Path) -> bool | None:
+def same_result(answer: str, text: str, code: str, databases: str | Path) -> bool | None:
     """Spider: run on the question's database, answer and target return the same columns and rows, in the same
     order if the target has ORDER BY. Wrong if run_query refuses the answer; None if it refuses the target."""
-    database = database_of(text, data_dir)
+    database = database_of(text, databases)
     ours, theirs = run_query(database, answer), run_query(database, code)
     if ours is None or theirs is None:
         return False if theirs is not None else None
@@ -133,25 +138,31 @@ def same_result(answer: str, text: str, code: str, data_dir: str | Path) -> bool
     return ours[0] == theirs[0] and Counter(ours[1]) == Counter(theirs[1])
 
 
-def check_databases(data: Dataset) -> None:
-    """BadInput if a database is missing that scoring will need; call it before any work."""
-    if data.name == "spider":
-        for example in data.test:
-            database_of(example.text, data.folder)
-
-
 # ---- which dataset has which -------------------------------------------------------------------------------
 
-SCORERS = {  # dataset -> (column, scorer)
-    "nlrx_synth": ("dfa_equal", same_language), "nlrx_turk": ("dfa_equal", same_language),
-    "gsm8k": ("correct", final_answer), "spider": ("correct", same_result), "nq_open": ("correct", any_of),
-    "rotten_tomatoes": ("correct", choice), "yelp": ("correct", choice), "hellaswag": ("correct", choice),
-}
+SCORERS = {  # --scorer -> (column, scorer)
+    "regex": ("dfa_equal", same_language), "gsm8k": ("correct", final_answer),
+    "sql": ("correct", same_result), "choice": ("correct", choice), "any_of": ("correct", any_of)}
+OF_DATASET = {"nlrx_synth": "regex", "nlrx_turk": "regex", "gsm8k": "gsm8k", "spider": "sql",
+              "nq_open": "any_of", "rotten_tomatoes": "choice", "yelp": "choice", "hellaswag": "choice"}
 
 
-def scorer_of(dataset: str, data_dir: str | Path) -> tuple[str, Callable] | None:
+def scorer_of(data: Dataset) -> tuple[str, Callable] | None:
     """(column, scorer) of a dataset; None if exact and prefix match are all it has."""
-    column, scorer = SCORERS.get(dataset, (None, None))
+    column, scorer = SCORERS.get(data.scorer or OF_DATASET.get(data.name), (None, None))
     if scorer is same_result:
-        scorer = partial(same_result, data_dir=data_dir)
+        scorer = partial(same_result, databases=databases_of(data))
     return column and (column, scorer)
+
+
+def databases_of(data: Dataset) -> Path:
+    return Path(data.databases) if data.databases else data.folder / "spider_data" / "database"
+
+
+def check_databases(data: Dataset) -> None:
+    """BadInput if a database is missing that scoring will need; call it before any work."""
+    if (data.scorer or OF_DATASET.get(data.name)) == "sql":
+        if data.scorer and not data.databases:
+            raise BadInput("--scorer sql needs --databases, a folder of DB_ID/DB_ID.sqlite")
+        for example in data.test:
+            database_of(example.text, databases_of(data))

@@ -6,7 +6,6 @@
 A server, one per process of pytest, has imported everything; for each job it forks a child. A line of its
 stdin is {"start": job} or {"wait": pid}; a line of its stdout is the child's pid or its status (-signal where
 one killed it). """
-import atexit
 import ctypes
 import functools
 import json
@@ -73,20 +72,14 @@ class Server:
             subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
             env["LD_PRELOAD"] = str(shim)
         self.has_shim = "LD_PRELOAD" in env
-        self.process = subprocess.Popen([sys.executable, __file__], text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env=env)
-        atexit.register(self.end)
+        self.process = subprocess.Popen([sys.executable, __file__, self.folder], text=True, env=env,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, what: dict) -> int:
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @functools.cache
@@ -104,8 +97,7 @@ def child(job: dict, programs: dict) -> None:
         os.dup2(os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job.get("env", {}))
-    if "RANK" in os.environ:
-        distributed.rank, distributed.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.rank, distributed.world, distributed.problem = distributed.read_environment(os.environ)
     os.chdir(job.get("cwd") or job["folder"])
     signal.alarm(300)  # a rank whose other one died would wait for hours
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -152,6 +144,7 @@ def serve() -> None:
                 traceback.print_exc()
             os._exit(99)
         print(pid, flush=True)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)  # pytest has ended, however it did
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Hugging Face folders: theirs read by us, ours read by them, and folders that are damaged."""
+import codecs
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_model import LLAMA3, named, small
 
 from model import PRESETS, ModelConfig, Transformer
 from support.files import BadInput
+from support.tokenizer import Tokenizer
 
 IDS = torch.randint(600, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -101,12 +105,43 @@ def test_old_and_sparse_configs(tmp_path):
     torch.testing.assert_close(logits(ours), logits(load_theirs(tmp_path)), atol=1e-5, rtol=0)
 
 
+SHORT = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize("places,theta", [
+    ({"rope_scaling": LLAMA3 | {"rope_theta": 500.0}}, 500.0),
+    ({"rope_scaling": {"type": "default", "rope_theta": 500.0}}, 500.0),
+    ({"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 500.0),
+    ({"rope_theta": 100.0, "rope_parameters": {"rope_type": "default"}}, 100.0),
+    ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 1e4),
+    ({"rope_theta": 100.0, "rope_scaling": {}, "rope_parameters": LLAMA3 | {"rope_theta": 500.0}}, 500.0),
+    ({"rope_scaling": SHORT, "original_max_position_embeddings": 16}, 1e4), ({"rope_scaling": SHORT}, 1e4),
+    ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}, 1e4),
+    ({"rope_theta": None, "rope_scaling": None}, 1e4)])
+def test_what_config_json_says_of_rope(tmp_path, places, theta):
+    """In three places, as transformers reads it: ours had 10000 where it stood in rope_scaling."""
+    llama_folder(tmp_path, max_position_embeddings=64)
+    path = tmp_path / "config.json"
+    others = {key: value for key, value in json.loads(path.read_text()).items() if "rope" not in key}
+    path.write_text(json.dumps(others | places))
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == theta
+    if places.get("rope_theta", 0) is None:
+        del places["rope_theta"]  # transformers does not start with a null
+        path.write_text(json.dumps(others | places))
+    wanted = logits(load_theirs(tmp_path))
+    torch.testing.assert_close(logits(ours), wanted, atol=1e-5, rtol=0)
+    ours.save_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(load_theirs(tmp_path / "ours")), wanted, atol=1e-5, rtol=0)
+
+
 MEASURE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from model import Transformer
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+torch.ones(2, dtype=torch.bfloat16).sum().isfinite()  # the code of what is used below is no memory of weights
 before = memory("VmRSS")
 model = Transformer.from_pretrained(sys.argv[2], torch.float32 if sys.argv[3] == "float32" else None)
 for weight in model.parameters():
@@ -152,6 +187,8 @@ def assert_refused(folder, match):
     ({"rope_scaling": {"rope_type": "llama3"}}, "llama3 needs factor, .*: numbers above 0"),
     ({"rope_scaling": LLAMA3 | {"factor": -1}}, "llama3 needs factor, .*: numbers above 0"),
     ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "freq_factors not equal"),
+    ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, only 1.0"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, only 1.0"),
     ({"rope_scaling": ["linear"]}, "must be objects"),
     ({"rope_parameters": "abc"}, "must be objects"),
     ({"rope_theta": 10**400}, "rope_theta is 1000"),
@@ -189,6 +226,9 @@ MODEL, PRED = "model.safetensors", "pred_embedding.safetensors"
     (MODEL, "a folder", f"{MODEL}: not a whole safetensors file"),
     (MODEL, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, r"is of type I8 \(quantized\?"),
     (MODEL, {"model.norm.weight": torch.ones(1, 32)}, r"norm.weight has shape \(1, 32\), .* says \(32,\)"),
+    (MODEL, {"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight holds NaN or infinity"),
+    (MODEL, {"model.norm.weight": torch.full((32,), torch.inf).half()}, "NaN or infinity; its training"),
+    (PRED, {"pred_embedding": -torch.ones(1, 32) / 0}, "pred_embedding holds NaN or infinity"),
     (PRED, {"other": torch.ones(1, 32)}, "does not contain tensor pred_embedding"),
     (PRED, {"pred_embedding": torch.ones(1, 31)}, r"pred_embedding has shape \(1, 31\)"),
     (PRED, {"pred_embedding": torch.ones(32)}, r"pred_embedding has shape \(32,\)"),
@@ -231,3 +271,21 @@ def test_damaged_shards_are_named(tmp_path):
                           "is missing; is config.json another model's")]:
         index.write_text(json.dumps({"weight_map": wrong}))
         assert_refused(tmp_path, match)
+
+
+@pytest.mark.parametrize("name,read", [
+    ("model.safetensors", Transformer.from_pretrained), ("config.json", Transformer.from_pretrained),
+    ("tokenizer.json", Tokenizer.load)])
+def test_a_git_lfs_pointer_is_named(chat_folder, tmp_path, name, read):
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123456\n")
+    with pytest.raises(BadInput, match=f"{name}: a Git LFS pointer, not the file; run git lfs pull$"):
+        read(folder)
+
+
+def test_a_byte_order_mark_is_no_content(chat_folder, tmp_path):
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    assert Tokenizer.load(folder).ranks == Tokenizer.load(chat_folder).ranks
+    assert Transformer.from_pretrained(folder).config == Transformer.from_pretrained(chat_folder).config

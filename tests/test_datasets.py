@@ -49,16 +49,59 @@ TALK = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
     (b'{"text": "a", "code": "b", "text_view": [1]}', "text_view must be a non-empty"),
     (b'{"messages": 3}', "messages must be a list"), (TALK + b', "text": [{}]}', "messages must be a list"),
     (TALK + b', "text": []}', "text_view must be a non-empty"),
-    (TALK.replace(b"[{", b'[{"role": "user"}, {') + b"}", "messages must be a list .* at most one"),
-    (TALK.replace(b"assistant", b"tool") + b"}", "messages must be a list .* at most one"),
-    (TALK.replace(b"assistant", b"system") + b"}", "code must be a non-empty"),
-    (TALK.replace(b'"content": "b"', b'"x": 1') + b"}", "code must be a non-empty")])
+    (TALK.replace(b"[{", b'[{"role": "user"}, {') + b"}", "needs one user and one assistant message"),
+    (TALK.replace(b"assistant", b"system") + b"}", "needs one user and one assistant message"),
+    (TALK.replace(b'"content": "b"', b'"x": 1') + b"}", "the assistant's content must be a non-empty"),
+    (TALK.replace(b"user", b"x").replace(b"assistant", b"user").replace(b"x", b"assistant") + b"}",
+     "in this order; found assistant, user: put them"),
+    (TALK.replace(b"[{", b'[{"role": "tool"}, {') + b"}", "message 1: the role 'tool' is not known here"),
+    (TALK.replace(b"}]", b'}, {"role": "user", "content": "c"}]') + b"}", "message 3 is a second user turn"),
+    (TALK.replace(b'"a"', b'[{"type": "image_url"}]') + b"}", "a part of type 'image_url'; only"),
+    (b'{"prompt": "a"}', "completion must be a non-empty"), (b'{"instruction": "a"}', "output must be"),
+    (b'{"instruction": "a", "input": 3, "output": "b"}', "instruction must be a non-empty"),
+    (b'{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "history: only one exchange"),
+    (b'{"conversations": [{"from": "human", "value": "a"}]}', "found user$")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "t", "code": "c"}\n' + line + b"\n")
     with pytest.raises(BadInput, match=message) as error:
         read_jsonl(path)
     assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_layouts_of_others(tmp_path):
+    """TRL's, Alpaca's, ShareGPT's, content in parts; null is as no entry; a byte order mark is none of it."""
+    path = tmp_path / "a.jsonl"
+    user, assistant = {"role": "user", "content": "t"}, {"role": "assistant", "content": "c"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "t"}, {"type": "text", "text": "u"}]}
+    path.write_text("\n".join(map(json.dumps, (
+        {"text": "t", "code": "c", "messages": None, "text_view": None}, {"prompt": "t", "completion": "c"},
+        {"prompt": [user], "completion": [assistant]}, {"instruction": "t", "output": "c"},
+        {"instruction": "t", "input": "", "output": "c"},
+        {"conversations": [{"from": "human", "value": "t"}, {"from": "gpt", "value": "c"}]}))),
+        encoding="utf-8-sig")
+    assert [(e.text, e.code, e.system, e.text_view) for e in read_jsonl(path)] == [("t", "c", "", "")] * 6
+    path.write_text("\n".join(map(json.dumps, (
+        {"messages": [{"role": "system", "content": "s"}, parts, assistant]},
+        {"prompt": [{"role": "system", "content": "s"}, parts], "completion": [assistant]},
+        {"instruction": "t", "input": "u", "output": "c", "system": "s"}))))
+    assert [(e.system, e.text, e.code) for e in read_jsonl(path)] == [
+        ("s", "tu", "c"), ("s", "tu", "c"), ("s", "t\nu", "c")]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+
+
+@pytest.mark.parametrize("name,content,message", [
+    ("a.jsonl", POINTER, "a Git LFS pointer, not the file; run git lfs pull"),
+    ("a.json", b'[{"text": "t", "code": "c"}]', "a JSON array, .*jq -c"),
+    ("a.jsonl", b"\n [\n", "a JSON array"), ("a.parquet", b"PAR1\x15", "a Parquet file; pandas"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08", "compressed; gunzip"), ("a.txt", b"hello", "1: not valid"),
+    ("a.jsonl", "{}".encode("utf-16"), "UTF-16; save it as UTF-8")])
+def test_files_of_another_kind(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"{name}.*{message}"):
+        load_dataset(str(tmp_path / name))
 
 
 def test_examples_behave_like_a_list(tmp_path):

@@ -92,7 +92,8 @@ def test_stopped_and_killed_with_two_ranks_and_resumed_with_one(uneven, tmp_path
 
 def test_negatives_need_one_process(uneven, tmp_path):
     for flags in (["--distance", "infonce"], ["--reg_weight", "1"]):
-        reply = forks.run("train", [*uneven, *flags], env={"RANK": "0", "WORLD_SIZE": "2"})
+        reply = forks.run("train", [*uneven, *flags], env={
+            "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"})
         assert reply.returncode == 2 and "one process" in reply.stderr and not (tmp_path / "run").exists()
 
 

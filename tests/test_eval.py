@@ -71,7 +71,7 @@ def test_scores(monkeypatch):
                "~(c) and more",  # prefix only
                "ddd*",  # the same language
                ""]  # empty: wrong
-    scorer, leaked = scorer_of("nlrx_synth", "data"), {("one", "(a)|(b)"), ("four", "x")}
+    scorer, leaked = scorer_of(Dataset("nlrx_synth", [], [], "file", {})), {("one", "(a)|(b)"), ("four", "x")}
     scores = score(EXAMPLES, answers, [True, False, True, True], leaked, scorer)
     items = {name: from_hex(flags, 4).tolist() for name, flags in scores.pop("items").items()}
     assert items == {"exact": [1, 0, 0, 0], "prefix": [1, 1, 0, 0], "stopped": [1, 0, 1, 1],

@@ -57,7 +57,7 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
     assert {Path(path).name for path in record["init"]} >= {"model.safetensors", "config.json",
                                                             "tokenizer.json"}
     assert record["system"] == "Count."
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (run / name).read_bytes() == (chat_folder / name).read_bytes()
     rows = steps_of(run)
     assert len(rows) == 6 and rows[0]["examples"] == 8 and (rows[0].get("jepa", 0) > 0) == with_jepa

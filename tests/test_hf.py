@@ -176,7 +176,8 @@ PHI3 = ("{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
 GEMMA3 = ("{{ bos_token }}{% set first, turns = '', messages %}{% if messages[0]['role'] == 'system' %}"
           "{% set first, turns = messages[0]['content'] + '\n\n', messages[1:] %}{% endif %}"
-          "{% for m in turns %}[{{ m.role }}]{{ first if loop.first }}{{ m.content }}<|im_end|>{% endfor %}")
+          "{% for m in turns %}[{{ m.role }}]{{ (first if loop.first else '') + m.content }}<|im_end|>"
+          "{% endfor %}")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 THINK = "<think>\n\n</think>\n\n"
 TALK = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
@@ -280,6 +281,12 @@ def test_library_tokenizer(tmp_path, library_tokenizer):
         LibraryTokenizer(tmp_path, format="llama3")
     with pytest.raises(BadInput, match="vocabulary lacks"):
         LibraryTokenizer(tmp_path, 8).encode("a")
+
+
+def test_a_run_of_ours_needs_no_note(tmp_path, tokenizer, capsys):
+    """Its tokenizer_config.json has a chat template for others, which knows no system turn."""
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).format == tokenizer.format and capsys.readouterr().out == ""
 
 
 def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):

@@ -5,11 +5,15 @@ import time
 import pytest
 from conftest import SHARED_DATA
 
+import eval
+from eval import EvalOptions
 from support.files import BadInput
+from support.settings import parse_options, run_name
 from tasks import scorers
 from tasks.datasets import Dataset, Example, read_jsonl
-from tasks.scorers import MAX_ROWS, SCORERS, any_of, check_databases, choice, final_answer, same_language
-from tasks.scorers import run_query, same_result, scorer_of
+from tasks.scorers import MAX_ROWS, OF_DATASET, SCORERS, any_of, check_databases, choice, final_answer
+from tasks.scorers import run_query, same_language, same_result, scorer_of
+from train import parse_config, train
 
 
 @pytest.mark.parametrize("scorer,target,right,wrong", [
@@ -47,7 +51,7 @@ def test_answers(scorer, target, right, wrong):
 def test_every_published_target_is_right():
     """By its own scorer; a sign alone, "/", too."""
     for name in ("gsm8k", "nq_open", "rotten_tomatoes", "yelp", "hellaswag"):
-        _, scorer = scorer_of(name, SHARED_DATA)
+        _, scorer = scorer_of(Dataset(name, [], [], "published", {}))
         assert all(scorer(e.code, e.text, e.code) is True
                    for e in read_jsonl(SHARED_DATA / f"{name}_test.jsonl")), name
 
@@ -66,6 +70,11 @@ def data_dir(tmp_path_factory):
                                [(1, "Rex", 3.0), (2, "Tom", 5.5), (3, "Rex", 1.0), (4, b"\xff\xfe", None)])
     connection.close()
     return folder
+
+
+@pytest.fixture(scope="module")
+def databases(data_dir):
+    return data_dir / "spider_data" / "database"
 
 
 ASKED = "For db_id:[pets]\n\nWhich?"
@@ -87,8 +96,8 @@ BROKEN = "SELECT x FROM none"
     (COUNT, "SELECT '\ud800'", False), (OLD, "EXPLAIN " + OLD, False),
     (OLD, OLD, True), (OLD, "SELECT 1, 2 WHERE 0", False),  # other columns
     (BROKEN, BROKEN, None), (BROKEN, "SELECT 1", None)])  # a broken target is not the model's mistake
-def test_spider(data_dir, target, answer, right):
-    assert same_result(answer, ASKED, target, data_dir) is right
+def test_spider(databases, target, answer, right):
+    assert same_result(answer, ASKED, target, databases) is right
 
 
 @pytest.mark.parametrize("answer", [
@@ -98,11 +107,11 @@ def test_spider(data_dir, target, answer, right):
     "VACUUM", "VACUUM INTO '/tmp/evil.sqlite'", "PRAGMA writable_schema = 1", "PRAGMA table_info(none)",
     "SELECT load_extension('evil')", "SELECT writefile('/tmp/evil', 'x')", "BEGIN", "REINDEX", "ANALYZE",
     "SELECT * FROM pragma_table_info('pet') WHERE 0"])
-def test_broken_sql_is_wrong_where_the_target_returns_nothing(data_dir, answer):
+def test_broken_sql_is_wrong_where_the_target_returns_nothing(databases, answer):
     """The official scorer ignores errors: two empty outputs are equal there. Nothing is ever written."""
-    path = data_dir / "spider_data" / "database" / "pets" / "pets.sqlite"
+    path = databases / "pets" / "pets.sqlite"
     before = path.read_bytes()
-    assert run_query(path, answer) is None and same_result(answer, ASKED, OLD, data_dir) is False
+    assert run_query(path, answer) is None and same_result(answer, ASKED, OLD, databases) is False
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["pets.sqlite"]
 
 
@@ -122,22 +131,22 @@ FOR_EVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELE
     FOR_EVER % "sum(length(trim(hex(zeroblob(4900)), replace(hex(zeroblob(2000)),'0','z'))))",
     "SELECT " + "(" * 100_000 + "1" + ")" * 100_000,
     "SELECT " + ", ".join(["randomblob(100000)"] * 2000)])
-def test_sql_without_bound_ends(data_dir, monkeypatch, answer):
+def test_sql_without_bound_ends(databases, monkeypatch, answer):
     """By the steps or by the clock, with a tenth of either: a step that takes long would be noticed."""
     monkeypatch.setattr(scorers, "MAX_STEPS", scorers.MAX_STEPS // 10)
     monkeypatch.setattr(scorers, "MAX_SECONDS", scorers.MAX_SECONDS // 10)
     began = time.perf_counter()
-    assert not same_result(answer, ASKED, "SELECT 1", data_dir)
+    assert not same_result(answer, ASKED, "SELECT 1", databases)
     assert time.perf_counter() - began < 10  # seconds, on a busy machine
 
 
-def test_the_bounds_on_rows_and_seconds(data_dir, monkeypatch):
+def test_the_bounds_on_rows_and_seconds(databases, monkeypatch):
     query = FOR_EVER % "i" + " LIMIT %d"
-    assert same_result(query % MAX_ROWS, ASKED, query % MAX_ROWS, data_dir) is True
-    assert same_result(query % (MAX_ROWS + 1), ASKED, query % (MAX_ROWS + 1), data_dir) is None
+    assert same_result(query % MAX_ROWS, ASKED, query % MAX_ROWS, databases) is True
+    assert same_result(query % (MAX_ROWS + 1), ASKED, query % (MAX_ROWS + 1), databases) is None
     monkeypatch.setattr(scorers, "MAX_STEPS", 10**12)
     monkeypatch.setattr(scorers, "MAX_SECONDS", 0.1)
-    assert same_result(FOR_EVER % "count(*)", ASKED, COUNT, data_dir) is False
+    assert same_result(FOR_EVER % "count(*)", ASKED, COUNT, databases) is False
 
 
 def test_missing_databases_are_found_before_any_work(data_dir, tmp_path):
@@ -146,22 +155,55 @@ def test_missing_databases_are_found_before_any_work(data_dir, tmp_path):
     check_databases(Dataset("spider", [], questions, "file", {}, data_dir))
     check_databases(Dataset("gsm8k", [], questions, "file", {}, tmp_path))  # which needs none
     data = Dataset("spider", [], questions, "file", {}, tmp_path)
-    with pytest.raises(BadInput, match="pets.sqlite: no such database; run `python data.py download spider"):
+    with pytest.raises(BadInput, match="pets.sqlite: no such database; .*`python data.py download spider"):
         check_databases(data)
     assert not list(tmp_path.iterdir())  # nor is an empty one made
-    path = tmp_path / "spider_data" / "database" / "pets" / "pets.sqlite"
+    path = tmp_path / "pets" / "pets.sqlite"
     path.parent.mkdir(parents=True)
-    path.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(BadInput, match="pets.sqlite: not a SQLite database; remove .* and download it again"):
-        same_result("SELECT 1", ASKED, "SELECT 1", tmp_path)
+    for content, message in (("version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+                             ("hello", "not a SQLite database; remove it")):
+        path.write_text(content)
+        with pytest.raises(BadInput, match=f"pets.sqlite: {message}"):
+            same_result("SELECT 1", ASKED, "SELECT 1", tmp_path)
     with pytest.raises(BadInput, match=r"^'For db_id:\[../pets\].*: does not begin with For db_id"):
-        same_result("SELECT 1", ASKED.replace("pets", "../pets"), "SELECT 1", data_dir)
+        same_result("SELECT 1", ASKED.replace("pets", "../pets"), "SELECT 1", databases)
 
 
-def test_every_dataset_has_its_scorer(data_dir):
-    column, scorer = scorer_of("spider", data_dir)
-    assert column == "correct" and scorer("SELECT 4", ASKED, COUNT) is True
-    assert scorer_of("my.jsonl", data_dir) is None and scorer_of("paraphrase", data_dir) is None
-    assert {name: scorer for name, (_, scorer) in SCORERS.items()} == {
+def test_every_dataset_has_its_scorer(data_dir, databases):
+    def data(name, **options):
+        return Dataset(name, [], [Example(ASKED, COUNT)], "file", {}, data_dir, **options)
+
+    for spider in (data("spider"), data("my.jsonl", scorer="sql", databases=str(databases))):
+        check_databases(spider)
+        column, scorer = scorer_of(spider)
+        assert column == "correct" and scorer("SELECT 4", ASKED, COUNT) is True
+    assert scorer_of(data("my.jsonl")) is None and scorer_of(data("paraphrase")) is None
+    assert scorer_of(data("my.jsonl", scorer="regex")) == ("dfa_equal", same_language)
+    with pytest.raises(BadInput, match="^--scorer sql needs --databases"):
+        check_databases(data("my.jsonl", scorer="sql"))
+    assert {name: SCORERS[scorer][1] for name, scorer in OF_DATASET.items()} == {
         "nlrx_synth": same_language, "nlrx_turk": same_language, "gsm8k": final_answer, "spider": same_result,
         "rotten_tomatoes": choice, "yelp": choice, "hellaswag": choice, "nq_open": any_of}
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--dataset gsm8k --scorer regex", "--scorer has no effect with --dataset gsm8k"),
+    ("--dataset a.jsonl --test_file b --databases d", "--databases has no effect without --scorer"),
+    ("--dataset a.jsonl --test_file b --scorer x", "invalid choice: 'x'")])
+def test_flags_of_a_scorer(flags, message):
+    with pytest.raises(BadInput, match=message):
+        parse_config(flags.split())
+    with pytest.raises(BadInput, match=message):
+        parse_options(EvalOptions, ["run", *flags.split()], positional=("models",))
+
+
+def test_a_file_of_ones_own_with_a_scorer(pairs, small_run, tmp_path):
+    """In training, in scoring the run again, and for a model and a file; and the run's name says it."""
+    run = tmp_path / "run"
+    c = parse_config([*small_run, "--scorer", "regex", "--max_steps", "1", "--out", str(run)])
+    assert "scorerregex" in run_name(c, {}) and "scorer" not in run_name(parse_config(small_run), {})
+    score = train(c)["dfa_equal"]
+    assert eval.score_run(run, EvalOptions())["dfa_equal"] == score
+    own = {"dataset": str(pairs / "train.jsonl"), "test_file": str(pairs / "test.jsonl")}
+    assert "dfa_equal" not in eval.score_model(run, EvalOptions(**own))
+    assert eval.score_model(run, EvalOptions(**own, scorer="regex", max_new_tokens=4))["dfa_equal"] == score

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import ViewOptions, fit, render_prompt, render_views
+from model import ModelConfig, Transformer
 from support.files import BadInput
-from support.tokenizer import FORMAT_TOKENS, GPT2, LLAMA3, Tokenizer
-from tasks.datasets import Example, load_dataset
+from support.tokenizer import FORMAT_TOKENS, GPT2, LLAMA3, Tokenizer, train_bpe
+from tasks.datasets import Example, load_dataset, read_jsonl
 
 # ---- a vocabulary of our own -------------------------------------------------------------------------------
 
@@ -32,6 +33,7 @@ def test_save_load_and_damage(tokenizer, tmp_path):
     import tiktoken.load  # their loader reads our file
     path = tmp_path / "tokenizer.model"
     assert tiktoken.load.load_tiktoken_bpe(str(path)) == tokenizer.ranks
+    (tmp_path / "tokenizer.json").unlink()  # or tokenizer.model is not read
     lines = path.read_text().splitlines(keepends=True)
     for broken, match in ((lines[:-1] + ["x"], f"{path.name}:{len(lines)}: expected"),
                           (lines[5:], r"lacks the bytes \[0, 1"),
@@ -254,3 +256,46 @@ def test_a_view_of_its_own_and_a_text_alone(tokenizer):
     views = render_views(Example("one", "two", text_only=True), tokenizer)
     assert views.main == [*begin, *e("one"), end] and views.labels == [*e("one"), end, -100]
     assert (views.stem, views.enc) == ([*begin, *e("one")], [*begin, *e("two")])
+
+
+# ---- our own vocabulary elsewhere --------------------------------------------------------------------------
+
+ODD = ["", " ", "\n\n  x", "[a-z] [ b]c]", "été 数 12³ \u0085\u2028 \x1c", "🦆 don't  ", "a" * 300]
+
+
+def assert_same_ids(ours: Tokenizer, theirs, texts) -> None:
+    for text in texts:
+        assert theirs(text).input_ids == ours.encode(text), text
+        assert theirs.decode(ours.encode(text)) == text
+    talks = [[{"role": "system", "content": "s"}, {"role": "user", "content": text}] for text in texts]
+    for text, talk in zip(texts, talks, strict=True):
+        assert theirs.apply_chat_template(talk, return_dict=False) == render_prompt(Example(text, ""), ours)
+        talk.append({"role": "assistant", "content": text})
+        assert theirs.apply_chat_template(talk, return_dict=False) == render_views(
+            Example(text, text), ours).main
+
+
+def auto_tokenizer(tokenizer: Tokenizer, folder):
+    transformers = pytest.importorskip("transformers")
+    Transformer(ModelConfig(tokenizer.vocab_size, dim=8, n_layers=1), seed=0).save_pretrained(folder)
+    tokenizer.save(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_reads_our_vocabulary(corpus, tmp_path):
+    texts = [text for pair in corpus[:1000] for text in pair]
+    ours = Tokenizer(train_bpe(texts, 400))
+    assert_same_ids(ours, auto_tokenizer(ours, tmp_path), [*texts[-200:], *ODD])
+    for gone in ("", "tokenizer.json"):  # by tokenizer.json, and, as an older run, by tokenizer.model
+        (tmp_path / gone).unlink() if gone else None
+        again = Tokenizer.load(tmp_path)
+        assert again.format == ours.format and again.vocab_size == ours.vocab_size
+        assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+
+
+@pytest.mark.slow
+def test_transformers_reads_our_vocabulary_of_every_published_file(tmp_path):
+    for path in sorted(SHARED_DATA.glob("*_train.jsonl")):
+        texts = [text for e in read_jsonl(path) for text in (e.text, e.code) if "<|" not in text]
+        ours = Tokenizer(train_bpe(texts, 512))
+        assert_same_ids(ours, auto_tokenizer(ours, tmp_path), texts)

@@ -106,7 +106,8 @@ def test_a_whole_run(argv, tmp_path):
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
         "run.json", "metrics.jsonl", "state.pt", "config.json", "model.safetensors",
-        "pred_embedding.safetensors", "tokenizer.model", "tokenizer_config.json", "eval.json"}
+        "pred_embedding.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+        "generation_config.json", "eval.json"}
     rows = steps_of(run)
     assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["examples"] == 160
     assert rows[-1]["ntp"] < rows[0]["ntp"] and rows[0]["jepa"] > 0.05
