@@ -283,6 +283,22 @@ def test_library_tokenizer(tmp_path, library_tokenizer):
         LibraryTokenizer(tmp_path, 8).encode("a")
 
 
+def test_what_a_vocabulary_lacks_is_no_answer(tmp_path):
+    """A sentencepiece vocabulary without bytes, and one of words."""
+    from tokenizers import Tokenizer, models
+    pieces, words = [("<unk>", 0.0), ("a", -1.0)], {"<unk>": 0, "a": 1}
+    for model in (models.Unigram(pieces, 0), models.WordLevel(words, "<unk>")):
+        made = Tokenizer(model)
+        made.add_special_tokens(["<eos>"])
+        made.save(str(tmp_path / "tokenizer.json"))
+        template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        (tmp_path / "chat_template.jinja").write_text(template)
+        ours = LibraryTokenizer(tmp_path)
+        assert ours.encode("a") == [1]
+        with pytest.raises(BadInput, match="'b'... has what the vocabulary lacks"):
+            ours.encode("b")
+
+
 def test_a_run_of_ours_needs_no_note(tmp_path, tokenizer, capsys):
     """Its tokenizer_config.json has a chat template for others, which knows no system turn."""
     tokenizer.save(tmp_path)
