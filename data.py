@@ -29,6 +29,7 @@ from torch import Tensor
 from jepa_loss import dense_mask
 from support import distributed
 from support.files import BadInput, main_guard
+from support.hf import BACKENDS
 from support.hf_tokenizer import load_tokenizer
 from support.settings import opt, parse_options
 from support.speed import Sampler, Shape, pack, pad_to
@@ -412,6 +413,7 @@ class ShowOptions(ViewOptions):
                           needs="command=show !init_from")
     init_from: str = opt("", "a model folder, for its tokenizer", needs="command=show")
     format: Literal[FORMATS] = opt("auto", "of conversations", needs="command=show")
+    backend: Literal[BACKENDS] = opt("auto", "see train.py", needs="init_from")
 
 
 def show(o: ShowOptions) -> None:
@@ -422,7 +424,7 @@ def show(o: ShowOptions) -> None:
         raise BadInput(f"--index {o.index}: there are {len(train)} training examples")
     example = replace(train[o.index], text_only=o.name == "paraphrase")
     if o.init_from:
-        tokenizer = load_tokenizer(o.init_from, format=o.format)
+        tokenizer = load_tokenizer(o.init_from, format=o.format, backend=o.backend)
     else:
         tokenizer = own_tokenizer(train, o.vocab_size, o.format)
     batch = collate_fused([render_views(example, tokenizer, o)], [True])

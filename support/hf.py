@@ -191,7 +191,10 @@ class HFModel(nn.Module):
                         make_predictor: Callable | None = None, trust_remote_code: bool = False) -> "HFModel":
         """The model of a folder, from safetensors alone, checked. dtype: of the weights; None: as stored.
         trust_remote_code: run the Python files of the folder. BadInput names what is wrong."""
-        kind = read_json(Path(folder) / "config.json").get("model_type")
+        config = read_json(Path(folder) / "config.json")
+        kind = config.get("model_type")
+        if config.get("quantization_config"):
+            raise BadInput(f"{folder}: its weights are quantized; only float32, bfloat16, float16 are read")
         transformers = library("transformers", f"{folder}: model_type {kind!r}")
         transformers.utils.logging.disable_progress_bar()
         try:

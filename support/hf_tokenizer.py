@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from support.chat import cut_template
-from support.files import BadInput, atomic
+from support.files import BadInput, atomic, read_json
 from support.hf import brief, library, uses_transformers
 from support.tokenizer import CARRIED, Tokenizer, make_format, note_on_template, template_format
 
@@ -28,8 +28,10 @@ class LibraryTokenizer:
         self.library.no_padding()
         self.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
         self.vocab_size = vocab_size or 1 + max(self.library.get_vocab().values())
-        unknown = getattr(self.library.model, "unk_token", None)
-        self.unknown = None if unknown is None else self.library.token_to_id(unknown)
+        model = read_json(folder / "tokenizer.json")["model"]
+        self.unknown = model.get("unk_id")
+        if model.get("unk_token"):
+            self.unknown = self.library.token_to_id(model["unk_token"])
         special = {token.content: i for i, token in self.library.get_added_tokens_decoder().items()}
         try:
             if format in ("auto", "template"):
@@ -73,10 +75,10 @@ class LibraryTokenizer:
 
     def note_on_pieces(self, folder: Path) -> None:
         """Say so where the library tokenizes a conversation otherwise as a whole than in its pieces."""
-        f = self.format
-        pieces = [*f.start, *f.no_system, *f.opening["user"], *self.encode("one two"), *f.closing["user"],
-                  *f.opening["assistant"], *self.encode("three"), *f.closing["assistant"]]
-        if pieces != self.encode_marks(cut_template(folder).write("one two", "three")):
+        f, encode = self.format, self.encode_marks
+        pieces = [*f.start, *f.no_system, *f.opening["user"], *encode("one two"), *f.closing["user"],
+                  *f.opening["assistant"], *encode("three"), *f.closing["assistant"]]
+        if pieces != encode(cut_template(folder).write("one two", "three")):
             print(f"note: {folder}: text is tokenized apart from the marks around it, not as one string")
 
 

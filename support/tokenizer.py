@@ -371,6 +371,6 @@ class Tokenizer:
                        format=own_template if format == "template" else format)
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
-        if format != "template" and config.get("chat_template") != PLAIN_IN_JINJA:
+        if format != "template" and "pattern" not in config:  # a vocabulary of our own is written in plain
             note_on_template(folder, made.format.name)
         return made

@@ -1,6 +1,7 @@
 """support/hf.py: models, tokenizers and conversations of other families, held against transformers' own."""
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,10 @@ def test_a_family(kind, tmp_path, tokenizer, examples):
             torch.testing.assert_close(fast[name][0], slow[name][0], atol=near, rtol=near)
         for name, grad in gradients(model, fast).items():
             torch.testing.assert_close(grad, grads[name], atol=20 * near, rtol=20 * near)
+    none = [False] * len(views)  # --lam 0: rows without a mask
+    plain = fused(model, collate_fused(views, none))["ntp"][0]
+    wanted = three_pass(model, collate_three(views, none))["ntp"][0]
+    torch.testing.assert_close(plain, wanted, atol=near, rtol=near)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [17]]
     assert generate(model, prompts, 1, 6) == [generate_slow(model, prompt, 1, 6) for prompt in prompts]
 
@@ -278,6 +283,28 @@ def test_library_tokenizer(tmp_path, library_tokenizer):
         LibraryTokenizer(tmp_path, 8).encode("a")
 
 
+def test_what_a_vocabulary_lacks_is_no_answer(tmp_path):
+    """A sentencepiece vocabulary without bytes, and one of words."""
+    from tokenizers import Tokenizer, models
+    pieces, words = [("<unk>", 0.0), ("a", -1.0)], {"<unk>": 0, "a": 1}
+    for model in (models.Unigram(pieces, 0), models.WordLevel(words, "<unk>")):
+        made = Tokenizer(model)
+        made.add_special_tokens(["<eos>"])
+        made.save(str(tmp_path / "tokenizer.json"))
+        template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        (tmp_path / "chat_template.jinja").write_text(template)
+        ours = LibraryTokenizer(tmp_path)
+        assert ours.encode("a") == [1]
+        with pytest.raises(BadInput, match="'b'... has what the vocabulary lacks"):
+            ours.encode("b")
+
+
+def test_a_run_of_ours_needs_no_note(tmp_path, tokenizer, capsys):
+    """Its tokenizer_config.json has a chat template for others, which knows no system turn."""
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).format == tokenizer.format and capsys.readouterr().out == ""
+
+
 def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
     """Tokens of Llama 3 and of ChatML, a template that is ChatML after bos: what is written is said."""
     json_tokenizer("llama3", tmp_path)
@@ -407,8 +434,16 @@ def test_code_of_the_folder_runs_only_by_its_flag(start, tmp_path, monkeypatch):
     eval.load_model(tmp_path / "run", eval.EvalOptions(device="cpu", trust_remote_code=True))
 
 
-def test_a_damaged_folder(tmp_path):
+def test_a_damaged_folder(tmp_path, monkeypatch):
     family("qwen2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="'qwen2' needs transformers: pip"):
+        patch.setitem(sys.modules, "transformers", None)
+        loaded(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(BadInput, match="quantized"):
+        loaded(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
