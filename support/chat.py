@@ -121,6 +121,8 @@ def cut_template(folder: Path) -> Pieces | None:
     opening = common_suffix(before, more[2].removeprefix(more[4]))
     start = before.removesuffix(opening)
     bos = tokens.get("bos_token") or ""
+    if bos and between.removeprefix(asked).startswith(bos):
+        bos = ""  # it begins every turn, as SmolLM2's <|im_start|>, and not the conversation
     if bos and not start and opening.startswith(bos):
         start, opening = bos, opening.removeprefix(bos)
     pieces = Pieces(start, {"user": opening, "assistant": between.removeprefix(asked)},

@@ -187,6 +187,8 @@ TEMPLATES = {
     "chatml": (CHATML, "", EOS, TALK, ASKED + TALK),
     "qwen2": (QWEN2, "", EOS, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TALK,
               ASKED + TALK),
+    "smollm2": (QWEN2, "<|im_start|>", EOS,  # its bos begins every turn
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TALK, ASKED + TALK),
     "qwen3": (QWEN3, "", EOS, TALK.replace("A", THINK + "A"), ASKED + TALK.replace("A", THINK + "A")),
     "gemma": (GEMMA, "<bos>", "<eos>", "<bos><start_of_turn>user\nU<end_of_turn>\n<start_of_turn>model\n"
               "A<end_of_turn>\n", "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n"
@@ -237,6 +239,7 @@ def test_a_chat_template(name, tmp_path, library_tokenizer):
             *render_prompt(Example("U", "A", system=system), ours), *ours.encode("A")]
         assert ours.decode(ours.format.closing["assistant"]) == after
         assert after.startswith(ours.decode([ours.format.end])) and ours.format.end in range(len(SPECIAL))
+        assert views.stem[0] != views.stem[1]  # SmolLM2's bos stood there twice
         assert ours.decode(views.stem).endswith("U") and "S" not in ours.decode(views.stem)
         assert ours.decode(views.enc).endswith("A") and "U" not in ours.decode(views.enc)
 
