@@ -62,6 +62,7 @@ class HFModel(nn.Module):
     def __init__(self, lm: nn.Module, make_predictor: Callable | None = None):
         super().__init__()
         self.lm, self.config, self.make_predictor = lm, shape_of(lm), make_predictor
+        lm.get_input_embeddings().padding_idx = None  # or this token's row would have no gradient
         self.pred_embedding = None  # (k, C)
         self.predictor = None
         self.embed_layer, self.recompute = -1, False

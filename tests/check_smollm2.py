@@ -7,7 +7,7 @@ DIR is its Hugging Face folder, DATA_DIR holds the published files. Prints, and 
 the largest difference of a logit in float32 on 20 test prompts (1e-3), of 50 greedy tokens (0), of the ids of
 all texts of all files from those of DIR/tokenizer.json read by `tokenizers` (0), of conversations from
 transformers' apply_chat_template, as text and as ids (0), and the bits of a folder that is loaded and saved
-again (0).
+again (0); and terms of the loss, gradients (1e-5) and answers of --backend ours and transformers.
 """
 import json
 import sys
@@ -20,9 +20,11 @@ import transformers
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import render_prompt, render_views  # noqa: E402
-from support.generation import generate  # noqa: E402
+from data import collate_fused, render_prompt, render_views  # noqa: E402
+from eval import read_model  # noqa: E402
+from jepa_loss import fused, total_loss  # noqa: E402
 from model import Transformer  # noqa: E402
+from support.generation import generate  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 from tasks.datasets import read_jsonl  # noqa: E402
 
@@ -30,6 +32,28 @@ from tasks.datasets import read_jsonl  # noqa: E402
 def report(name: str, value: float, limit: float) -> None:
     print(f"{name:60} {value:.3g}", flush=True)
     assert value <= limit, f"more than {limit}"
+
+
+def both_backends(folder: Path, examples: list) -> None:
+    """The terms of the loss, their gradients and the answers through model.py and through transformers."""
+    results = []
+    for backend in ("ours", "transformers"):
+        model, tokenizer = read_model(folder, backend, "auto")
+        model.add_predictors(1, seed=0)
+        views = [render_views(e, tokenizer) for e in examples]
+        terms = fused(model, collate_fused(views, [True] * len(views)))
+        counts = {name: count for name, (_, count) in terms.items()}
+        total_loss(terms, counts, dict.fromkeys(terms, 1.0)).backward()
+        gradients = {name.removeprefix("lm.model."): weight.grad for name, weight in model.named_parameters()}
+        prompts = [render_prompt(e, tokenizer) for e in examples]
+        results.append(({name: x.item() / counts[name] for name, (x, _) in terms.items()}, gradients,
+                        generate(model.eval(), prompts, tokenizer.format.end, 24)))
+    (terms, gradients, answers), (their_terms, their_gradients, their_answers) = results
+    report("two backends: difference of a term", max(abs(terms[x] - their_terms[x]) for x in terms), 1e-5)
+    worst = max((their_gradients[name] - x).abs().max().item() / x.abs().max().item()
+                for name, x in gradients.items())
+    report("of a gradient, relative to its tensor's largest", worst, 1e-5)
+    report("other answers", sum(a != b for a, b in zip(answers, their_answers, strict=True)), 0)
 
 
 def main(folder: Path, data_dir: Path) -> None:
@@ -60,6 +84,7 @@ def main(folder: Path, data_dir: Path) -> None:
     report(f"conversations written differently, of {len(talks)}", other_text, 0)
     report("conversations with other ids", other_ids, 0)
 
+    both_backends(folder, list(next(examples for path, examples in files.items() if "synth" in path.name)[:4]))
     prompts = [render_prompt(e, tokenizer) for path, examples in files.items() if "test" in path.name
                for e in examples[:3]][:20]
     worst = 0.0

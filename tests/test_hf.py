@@ -117,6 +117,16 @@ def test_what_the_checks_find(tmp_path, monkeypatch):
     assert loaded(tmp_path).lm.config._attn_implementation == "eager"
 
 
+def test_the_pad_token_is_trained():
+    """transformers gives its row of the embedding no gradient; in SmolLM2 it is the token that ends a
+    turn."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16,
+                                      num_hidden_layers=1, num_attention_heads=2, pad_token_id=5))
+    HFModel(lm)(torch.tensor([[5, 6]])).square().sum().backward()
+    assert (lm.get_input_embeddings().weight.grad[[5, 6]] != 0).all()
+
+
 def test_a_sliding_window_never_slides(tmp_path):
     """The context is capped at it, and up to there a row of segments is what three passes are."""
     family("mistral", tmp_path, sliding_window=24)
