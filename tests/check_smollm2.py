@@ -84,7 +84,8 @@ def main(folder: Path, data_dir: Path) -> None:
     report(f"conversations written differently, of {len(talks)}", other_text, 0)
     report("conversations with other ids", other_ids, 0)
 
-    both_backends(folder, list(next(examples for path, examples in files.items() if "synth" in path.name)[:4]))
+    synth = next(examples for path, examples in files.items() if "synth" in path.name)
+    both_backends(folder, list(synth[:4]))
     prompts = [render_prompt(e, tokenizer) for path, examples in files.items() if "test" in path.name
                for e in examples[:3]][:20]
     worst = 0.0
