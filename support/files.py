@@ -2,7 +2,8 @@
 
 Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
-written through `atomic`: a reader sees the old file or the new one, never a half.
+written through `atomic`: a reader sees the old file or the new one, never a half. Every file is read as
+`regular` allows: a stranger's folder may hold pipes, devices, and files that fill the memory.
 """
 import codecs
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import secrets
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -61,9 +63,26 @@ KINDS = {  # how files of other kinds begin -> what they are, and what to do
     codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8"}
 
 
+# What is read whole: Llama-3's tokenizer.json has 17 MB and a million values in its larger spelling. A value
+# takes up to 150 bytes of memory.
+MAX_BYTES, MAX_VALUES = 24 << 20, 1_500_000
+
+
+def regular(path: str | Path, most: int | None = None) -> Path:
+    """The path, of a file with at most so many bytes. BadInput if it has more or if it, or what it links to,
+    is no regular file: to read a pipe or a device may never end."""
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadInput(f"{path}: not a regular file; put one in its place, or remove it")
+    if most is not None and status.st_size > most:
+        raise BadInput(f"{path}: {status.st_size:,} bytes; at most {most:,} are read of such a file")
+    return path
+
+
 def refuse_other_kinds(path: str | Path) -> None:
-    """BadInput if a file begins as one does that is never read here, like a Git LFS pointer."""
-    with open(path, "rb") as file:
+    """BadInput if a file is not regular, or begins as one that is never read here, like a Git LFS pointer."""
+    with open(regular(path), "rb") as file:
         start = file.read(32)
     for magic, what in KINDS.items():
         if start.startswith(magic):
@@ -71,7 +90,9 @@ def refuse_other_kinds(path: str | Path) -> None:
 
 
 def parse_json(content: bytes, where: str | Path) -> dict:
-    """A JSON object; BadInput, which begins with `where`, if it is none."""
+    """A JSON object; BadInput, which begins with `where`, if it is none, or one that fills the memory."""
+    if sum(content.count(mark) for mark in b",:[{") > MAX_VALUES:  # it has no more than these
+        raise BadInput(f"{where}: more than {MAX_VALUES:,} values; so many are not read")
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
@@ -85,17 +106,22 @@ def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
         refuse_other_kinds(path)
-        return parse_json(Path(path).read_bytes(), path)
+        return parse_json(regular(path, MAX_BYTES).read_bytes(), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
 
 
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a file; BadInput if it is not UTF-8 or has more than so many bytes."""
+    try:
+        return regular(path, most).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 ({error})") from None
+
+
 def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    with open(regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Interrupts:

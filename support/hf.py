@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.checkpoint import HEAD_FILE, PRED_FILE, load_extras, save_tensors
-from support.files import BadInput, read_json
+from support.files import BadInput, read_json, regular
 from support.hf_check import brief, check
 
 BACKENDS = ("auto", "ours", "transformers")
@@ -194,6 +194,8 @@ class HFModel(nn.Module):
         kind = read_json(Path(folder) / "config.json").get("model_type")
         transformers = library("transformers", f"{folder}: model_type {kind!r}")
         transformers.utils.logging.disable_progress_bar()
+        for path in Path(folder).glob("*.*"):
+            path.is_dir() or regular(path)
         try:
             lm, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,

@@ -5,12 +5,14 @@ import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from support.files import BadInput, atomic, read_json, write_text
+from support.files import BadInput, atomic, parse_json, read_json, regular, write_text
 from support.settings import differences, fill
 
 try:
@@ -47,12 +49,12 @@ def read_run(folder: str | Path) -> dict:
 
 def trained_so_far(folder: Path) -> dict:
     """What the last line of metrics.jsonl says that the training took; BadInput if it is cut."""
-    path, names = folder / "metrics.jsonl", ("step", "examples", "tokens", "flops", "seconds")
-    content = path.read_bytes()
-    rows = read_metrics(path, content)
-    if not rows or not content.endswith(b"\n") or not set(names) <= rows[-1].keys():
+    path, names, row = folder / "metrics.jsonl", ("step", "examples", "tokens", "flops", "seconds"), {}
+    for row in read_metrics(path, torn=False):  # noqa: B007  the last one counts
+        pass
+    if not set(names) <= row.keys():
         raise BadInput(f"{path}: damaged; its last line is not whole")
-    return {name: rows[-1][name] for name in names}
+    return {name: row[name] for name in names}
 
 
 def run_summary(folder: Path) -> dict:
@@ -153,8 +155,7 @@ class Run(contextlib.AbstractContextManager):
         step, seen, size = 0, {"examples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}, 0
         state = load_state(self.folder, next(model.parameters()).device)
         if state is None:
-            rows = read_metrics(metrics, metrics.read_bytes())
-            if rows and rows[-1]["step"] > every:
+            if any(row["step"] > every for row in read_metrics(metrics)):
                 raise BadInput(f"{path}: missing, but {metrics} goes on after the first checkpoint; put it "
                                "back, or choose another --out")
         else:
@@ -163,34 +164,41 @@ class Run(contextlib.AbstractContextManager):
                 if (differences(self.settings, theirs, self.record["config"])
                         or state["model"].keys() != trainable(model).keys()):
                     raise KeyError
+                step, seen, size = state["step"], seen | state["seen"], state["metrics_size"]
+                self.last_line = state.get("last_line", b"")  # an older version did not keep it
+                if not (type(step) is type(size) is int and 0 <= len(self.last_line) <= size
+                        and all(type(value) in (int, float) for value in seen.values())):
+                    raise TypeError
                 model.load_state_dict(state["model"], strict=False)  # with LoRA, without the base's weights
                 optimizer.load_state_dict(state["optimizer"])
                 if ema is not None:
                     ema.load_state_dict(state["ema"])
-                step, seen, size = state["step"], state["seen"], state["metrics_size"]
-                self.last_line = state.get("last_line", b"")  # an older version did not keep it
+                if any(x.dim() and x.shape != weight.shape for weight, kept in optimizer.state.items()
+                       for x in kept.values()):
+                    raise ValueError
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path}: of another run; put its own back, or choose another --out") from None
         if self.log:
-            self.log.seek(0)
-            content = self.log.read(size)
-            if len(content) < size or not content.endswith(self.last_line):
+            whole = os.fstat(self.log.fileno()).st_size >= size
+            self.log.seek(size - len(self.last_line))
+            if not whole or self.log.read(len(self.last_line)) != self.last_line:
                 raise BadInput(f"{metrics}: not as at the last checkpoint; put its own back, or choose "
                                "another --out")
-            self.log.truncate(len(content))
-            self.log.seek(len(content))
+            self.log.truncate(size)
+            self.log.seek(size)
         return step, seen
 
 
-def read_metrics(path: Path, content: bytes) -> list[dict]:
-    """The whole lines of a metrics.jsonl: a kill may tear the last one."""
-    try:
-        rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
-        if all(type(row["step"]) is int for row in rows):
-            return rows
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise BadInput(f"{path}: damaged; choose another --out")
+def read_metrics(path: Path, torn: bool = True) -> Iterator[dict]:
+    """The lines of a metrics.jsonl. torn: the last one may be, as a kill leaves it, and is left out."""
+    with open(regular(path), "rb") as file:
+        for line in iter(partial(file.readline, 1 << 20), b""):
+            if torn and not line.endswith(b"\n") and not file.read(1):
+                return
+            row = parse_json(line, path)
+            if type(row.get("step")) is not int or not line.endswith(b"\n"):
+                raise BadInput(f"{path}: damaged; choose another --out")
+            yield row
 
 
 def load_state(folder: Path, device: torch.device) -> dict | None:
@@ -198,7 +206,7 @@ def load_state(folder: Path, device: torch.device) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(regular(path), map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
         what = str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(f"{path}: damaged ({what}); put a whole one back, or choose another --out") from None

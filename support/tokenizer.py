@@ -18,7 +18,7 @@ import tiktoken
 
 from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
 from support.chat import cut_template
-from support.files import BadInput, atomic, read_json, refuse_other_kinds
+from support.files import MAX_BYTES, BadInput, atomic, read_json, refuse_other_kinds, regular
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ LLAMA3_SPECIAL = (
 def read_tiktoken(path: Path) -> dict[bytes, int]:
     """The ranks in a file of tiktoken's format. (tiktoken's own loader would cache the file by its path.)"""
     refuse_other_kinds(path)
-    ranks, content = {}, path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    ranks, content = {}, regular(path, 8 << 20).read_bytes().removeprefix(codecs.BOM_UTF8)
     if content[:1] == b"\n" or b"<unk>" in content[:64]:
         raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
     for number, line in enumerate(content.splitlines(), 1):
@@ -268,6 +268,17 @@ CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "specia
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 
 
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """name -> content of the files of CARRIED that a folder has. BadInput if one is a link out of the folder,
+    and not into the blobs of Hugging Face's cache: a stranger's link would bring a secret into the run."""
+    homes = [place.resolve() for place in (folder, folder / "../../blobs")]
+    found = [folder / name for name in CARRIED if (folder / name).exists()]
+    for path in found:
+        if path.resolve().parent not in homes:
+            raise BadInput(f"{path}: a link out of its folder; if you trust it, put a copy in its place")
+    return {path.name: regular(path, MAX_BYTES).read_bytes() for path in found}
+
+
 class Tokenizer:
     """A tiktoken.Encoding, and the format of conversations.
 
@@ -346,7 +357,7 @@ class Tokenizer:
     def load(cls, folder: str | Path, vocab_size: int = 0, format: str = "auto") -> "Tokenizer":
         """The tokenizer of a run of ours or of a checkpoint; BadInput names the file, and the line."""
         folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
+        files = carried_files(folder)
         config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
         if "tokenizer.json" in files:
             options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}

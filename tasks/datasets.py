@@ -15,14 +15,14 @@ import urllib.request
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from support.files import BadInput, atomic, parse_json, refuse_other_kinds, sha256, write_text
+from support.files import BadInput, atomic, parse_json, refuse_other_kinds, regular, sha256, write_text
 from tasks import nlrx
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -39,6 +39,7 @@ class Example:
     text_only: bool = False  # code does not continue text, it is only its other view (paraphrase)
 
 
+MAX_LINE = 8 << 20  # bytes
 FORMS = ('{"text", "code"}, {"messages": [user, assistant]}, {"prompt", "completion"}, {"instruction", '
          '"output"} or {"conversations": [human, gpt]}')
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
@@ -166,7 +167,10 @@ def read_jsonl(path: str | Path) -> Examples:
                                f"`jq -c '.[]' {path} > NEW.jsonl` writes one")
             file.seek(0)
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    raise BadInput(f"{path}:{number}: longer than {MAX_LINE:,} bytes; shorten the line or "
+                                   "leave it out")
                 if line.strip():
                     read_line(line, f"{path}:{number}")
                     lines.extend((offset, len(line), number))
@@ -207,8 +211,9 @@ PUBLISHED = {  # dataset -> split -> (file, its git blob id)
 
 def git_blob_id(path: Path) -> str:
     """What `git hash-object` prints."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    with open(regular(path), "rb") as file:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def generated_files(data_dir: Path, n_train: int = 8000, n_test: int = 2000) -> dict[str, Path]:

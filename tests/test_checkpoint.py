@@ -223,7 +223,7 @@ MODEL, PRED = "model.safetensors", "pred_embedding.safetensors"
     (MODEL, None, f"{MODEL}: no such file; .*never from pickles like pytorch_model.bin"),
     (MODEL, b"", f"{MODEL}: not a whole safetensors file"),
     (MODEL, slice(-100), f"{MODEL}: not a whole safetensors file"),
-    (MODEL, "a folder", f"{MODEL}: not a whole safetensors file"),
+    (MODEL, "a folder", f"{MODEL}: not a regular file"),
     (MODEL, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, r"is of type I8 \(quantized\?"),
     (MODEL, {"model.norm.weight": torch.ones(1, 32)}, r"norm.weight has shape \(1, 32\), .* says \(32,\)"),
     (MODEL, {"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight holds NaN or infinity"),
