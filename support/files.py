@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
 import stat
@@ -72,6 +73,8 @@ def regular(path: str | Path, most: int | None = None) -> Path:
     """The path, of a file with at most so many bytes. BadInput if it has more or if it, or what it links to,
     is no regular file: to read a pipe or a device may never end."""
     path = Path(path)
+    if "\0" in str(path):
+        raise BadInput(f"{str(path)!r}: no name of a file")
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise BadInput(f"{path}: not a regular file; put one in its place, or remove it")
@@ -124,6 +127,13 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def printable(text: object, keep: str = "") -> str:
+    """A text of others as a terminal can be given it: control characters, which may move its cursor or write
+    to its clipboard, and what turns the direction of reading stand there as escapes. keep: but for these."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+                  lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], str(text))
+
+
 class Interrupts:
     """A handler of signals: KeyboardInterrupt at once, or, in a block `with interrupts.deferred()`, nothing
     but `asked`, the signal's number, for the block to look at. There, a second signal a second later does not
@@ -168,7 +178,7 @@ def main_guard():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as shells have it of SIGPIPE
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error):.2000}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"interrupted{str(error) and ': '}{error}", file=sys.stderr)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.checkpoint import HEAD_FILE, PRED_FILE, load_extras, save_tensors
-from support.files import BadInput, read_json, regular
+from support.files import BadInput, printable, read_json, regular
 from support.hf_check import brief, check
 
 BACKENDS = ("auto", "ours", "transformers")
@@ -208,7 +208,7 @@ class HFModel(nn.Module):
                            "model's?")
         if info["unexpected_keys"]:
             print(f"note: {folder}: {len(info['unexpected_keys'])} tensors are no part of the model, such as "
-                  f"{min(info['unexpected_keys'])}")
+                  f"{printable(min(info['unexpected_keys']))}")
         lm.generation_config = transformers.GenerationConfig()  # the folder's own file is carried unchanged
         model = cls(lm, make_predictor)
         model.code = sorted(Path(folder).glob("*.py")) if trust_remote_code else []

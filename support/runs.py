@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.files import BadInput, atomic, parse_json, read_json, regular, write_text
+from support.files import BadInput, atomic, parse_json, printable, read_json, regular, write_text
 from support.settings import differences, fill
+from support.tables import COLUMNS, SHARES, from_hex
 
+SCORES = (*COLUMNS, "cos_gap")
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps a second process out
@@ -24,7 +26,11 @@ except ImportError:  # Windows: nothing keeps a second process out
 RECORDED = {"config": dict, "files": dict, "init": dict, "source": str, "dtype": str, "system": str,
             "max_new_tokens": int}
 SCORED_WITH = {"dataset": str, "data_dir": str, "test_file": str, "eval_split": str, "on_long": str,
-               "n_train": int, "n_test": int}
+               "n_train": int, "n_test": int, "scorer": str, "databases": str, "backend": str, "format": str,
+               "predictor": str, "layer": int}
+OLDER_LACK = {"scorer": "", "databases": "", "backend": "auto", "format": "auto", "predictor": "tokens",
+              "layer": -1}
+LEAST = {"max_new_tokens": 1, "layer": -1}  # of other numbers: 0
 
 
 def git_commit() -> str | None:
@@ -41,10 +47,32 @@ def read_run(folder: str | Path) -> dict:
     """What run.json holds; BadInput if it is another program's."""
     path = Path(folder) / "run.json"
     run = read_json(path)
-    for names, entries in ((RECORDED, run), (SCORED_WITH, run.get("config"))):
-        if any(type(entries.get(name)) is not kind for name, kind in names.items()):
-            raise BadInput(f"{path}: damaged, or not written by this program's train.py")
+    config = run.get("config")
+    for names, entries in ((RECORDED, run), (SCORED_WITH, isinstance(config, dict) and OLDER_LACK | config)):
+        for name, kind in names.items():
+            value = entries.get(name) if entries else None
+            if type(value) is not kind or kind is int and not LEAST.get(name, 0) <= value < 2**63:
+                raise BadInput(f"{path}: damaged, or not written by this program's train.py: its {name} is "
+                               f"{value!r:.60}")
     return run
+
+
+def read_score(folder: str | Path) -> dict:
+    """What eval.json holds, with shares counted from the items' verdicts. BadInput if it is damaged."""
+    path = Path(folder) / "eval.json"
+    result = read_json(path)
+    try:
+        n, names = result["n"], [result.get(name, "") for name in ("dataset", "source")]
+        verdicts = {name: from_hex(text, n) for name, text in result.get("items", {}).items()}
+        result |= {name: float(x.mean()) for name, x in verdicts.items() if name in SHARES}
+        numbers = [result[name] for name in SCORES if result.get(name) is not None]
+        if not (type(n) is int and all(type(name) is str for name in names)
+                and all(len(x) == n > 0 for x in verdicts.values())
+                and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise BadInput(f"{path}: damaged, or not written by this program's train.py") from None
+    return result
 
 
 def trained_so_far(folder: Path) -> dict:
@@ -104,7 +132,8 @@ class Run(contextlib.AbstractContextManager):
             raise
 
     def recognise(self, record: dict) -> None:
-        self.record["config"] = fill(self.settings, self.record["config"], self.former)
+        self.record["config"] = fill(self.settings, self.record["config"], self.former,
+                                     self.folder / "run.json")
         different = differences(self.settings, self.record["config"], record["config"])
         if different:
             raise BadInput(f"{self.folder} holds a run with {', '.join(different)}; choose another --out")
@@ -114,8 +143,8 @@ class Run(contextlib.AbstractContextManager):
                                "choose another --out")
         for name in ("git_commit", "versions"):
             if self.record.get(name) != record[name]:
-                print(f"note: {name} was {self.record.get(name)} when this run began, and is {record[name]} "
-                      "now")
+                print(f"note: {name} was {printable(self.record.get(name))} when this run began, and is "
+                      f"{record[name]} now")
 
     def __exit__(self, *_) -> None:
         self.close()

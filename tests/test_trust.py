@@ -1,5 +1,7 @@
 """What a stranger's folder can do: pipes, devices, links, and files and settings that fill memory or time. A
 result or one clear line, in seconds."""
+import base64
+import json
 import os
 import re
 import time
@@ -7,12 +9,18 @@ from pathlib import Path
 
 import pytest
 import test_fuzz
+import torch
+from safetensors.torch import save_file
 from test_fuzz import FILES, run_folder  # noqa: F401 (a fixture)
 
+import eval
 import train
+from support.bpe import PATTERN
 from support.chat import cut_template
-from support.files import BadInput, parse_json
-from support.tokenizer import Tokenizer
+from support.files import BadInput, main_guard, parse_json, printable
+from support.runs import read_score
+from support.tables import markdown, table
+from support.tokenizer import Tokenizer, byte_letters, read_tiktoken, read_tokenizer_json
 from tasks.datasets import read_jsonl
 
 
@@ -100,3 +108,95 @@ def test_json_that_fills_the_memory(value):
     content = (b'{"x": {%s}, "y": "%s"}' if b"%" in value else b'{"x": [%s], "y": "%s"}') % (
         many, "\N{OLD PERSIAN SIGN A}".encode())
     assert peak(lambda: parse_json(content.ljust(24 << 20), "x")) < 300 << 20
+
+
+# ---- settings of others ------------------------------------------------------------------------------------
+
+def score(folder):
+    eval.score_run(folder, eval.EvalOptions([str(folder)], device="cpu"))
+
+
+def show(folder):
+    """What train.py does with a finished run."""
+    table({"a": read_score(folder)})
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", "\x1b[2J", True, 1e9, 10**9, -5, float("nan"), 10**400],
+                         ids=repr)
+@pytest.mark.parametrize("name", ["k", "lam", "epochs", "layer", "distance", "n_train", "compile", "format",
+                                  "dataset", "test_file", "seed", "pool"])
+def test_settings_of_others(name, value, run_folder, monkeypatch):  # noqa: F811
+    """Resumed, scored, begun with or compared: a result or a line, and never memory for 10**9 tokens."""
+    monkeypatch.setattr(train, "git_commit", lambda: None)
+    for file, uses in (("run.json", (test_fuzz.summarize_and_begin_with_it, test_fuzz.resume, score)),
+                       ("eval.json", (FILES["eval.json"], show))):
+        stored = json.loads((run_folder / file).read_text())
+        original = (run_folder / file).read_text()
+        stored["config"][name] = value
+        (run_folder / file).write_text(json.dumps(stored))
+        for use in uses:
+            try:
+                use(run_folder)
+            except (BadInput, OSError) as error:
+                assert "\n" not in str(error)
+        (run_folder / file).write_text(original)
+
+
+def test_no_escape_sequence_reaches_the_terminal(capsys):
+    text = "a\x1b]52;c;cm0=\x07\x9b2J\u202eb\r\n\tc 語\u3000e"
+    assert printable(text, keep="\t\n") == r"a\x1b]52;c;cm0=\x07\x9b2J\u202eb\r" + "\n\tc 語\u3000e"
+    with pytest.raises(SystemExit), main_guard():
+        raise BadInput(text)
+    shown = capsys.readouterr().err + markdown([("model", "n"), (text, "1")])
+    assert not set("\x1b\x07\x9b\u202e\r\t") & set(shown) and shown.count("\n") == 3
+
+
+# ---- work without bound ------------------------------------------------------------------------------------
+
+def own(folder, **config):
+    """The run's tokenizer, with other entries in tokenizer_config.json."""
+    (folder / "tokenizer.json").unlink()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("pattern,text,what", [
+    (PATTERN, "a b" * 10 + "word" * 100_000, "has words so long"), (PATTERN, " " * 40_000, "words so long"),
+    ("[a-z]+", "a dog, or 2", "has what the tokenizer's pattern leaves out"), ("(?!)", "a", "leaves out"),
+    (r"(a|a)*\1b|.+", "a" * 40_000, "cannot cut it"), (r"(a|a)*\1b|.+", "a" * 3_000, "cannot cut it"),
+    ("a" * 10_001, "a", "no text of at most"),
+    (["a"], "a", "no text of at most"), ("(" * 9_000, "a", "is no regex"),
+    ("((a{999}){999}){999}", "a", "is no regex")], ids=lambda value: str(value)[:20])
+def test_texts_and_patterns(pattern, text, what, run_folder):  # noqa: F811
+    """A long word took a minute and a half for a megabyte; a pattern that leaves something out lost it."""
+    assert re.search(what, refused(lambda: own(run_folder, pattern=pattern).encode(text)))
+
+
+def test_long_texts_of_words(run_folder):  # noqa: F811
+    tokenizer = own(run_folder)
+    text = "lines with 2 dogs, \N{BLACK HEART SUIT} " * 20_000 + "word" * 5_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokens_of_many_letters(tmp_path):
+    """Merged one by one, in the square of their letters."""
+    vocab = {letter: i for i, letter in enumerate(byte_letters())}
+    powers = ["a" * 2**i for i in range(15)]
+    vocab |= {token: 256 + i for i, token in enumerate(powers[1:])}
+    content = {"model": {"vocab": vocab, "merges": [[half, half] for half in powers[:-1]]},
+               "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert "its tokens are too long" in refused(read_tokenizer_json, tmp_path / "tokenizer.json")
+    lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)]
+    (tmp_path / "x").write_bytes(b"\n".join([*lines, base64.b64encode(b"a" * 40_000) + b" 256"]))
+    assert "its tokens are too long" in refused(read_tiktoken, tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["x%d", "model.layers.%d.input_layernorm.weight"])
+def test_a_hundred_thousand_tensors(name, run_folder):  # noqa: F811
+    save_file({name % i: torch.zeros(0) for i in range(100_000)}, run_folder / "model.safetensors")
+    config = json.loads((run_folder / "config.json").read_text())
+    for layers, what in ((1, "too many tensors"), (99_999, "num_hidden_layers is 99999")):
+        (run_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        assert what in refused(test_fuzz.load, run_folder)
