@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import sqlite3
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from support.runs import read_score
 from support.tables import markdown, table
 from support.tokenizer import Tokenizer, byte_letters, read_tiktoken, read_tokenizer_json
 from tasks.datasets import read_jsonl
+from tasks.scorers import run_query
 
 
 def refused(use, *arguments) -> str:
@@ -200,3 +202,21 @@ def test_a_hundred_thousand_tensors(name, run_folder):  # noqa: F811
     for layers, what in ((1, "too many tensors"), (99_999, "num_hidden_layers is 99999")):
         (run_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
         assert what in refused(test_fuzz.load, run_folder)
+
+
+@pytest.mark.parametrize("query", [
+    "SELECT printf('%.*c', 2147483647, 'x')", "SELECT FORMAT('%2147483647d', 1)",
+    "SELECT zeroblob(2147483647)", "SELECT randomblob(1000000000)", "SELECT count(*) FROM t a, t b, t c, t d", "SELECT a FROM t a, t b, t c",
+    f"SELECT {', '.join(['1.5'] * 199)} FROM t a, t b LIMIT 100000",
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"])
+def test_queries_without_end(query, tmp_path):
+    """printf wrote 2**31 letters in one step of SQLite's machine, which nothing interrupts; numbers took no
+    place in the size of a result."""
+    path = tmp_path / "d.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE t(a)")
+        connection.executemany("INSERT INTO t VALUES (?)", [(i,) for i in range(1000)])
+    connection.close()
+    began = time.monotonic()
+    assert peak(lambda: run_query(path, query) and 1 / 0) < 300 << 20
+    assert time.monotonic() - began < test_fuzz.SECONDS
