@@ -50,6 +50,14 @@ def atomic(path: str | Path):
         raise
 
 
+def append(path: Path):
+    """Open a file to read it and to append to it, but through no link: its target would be written to."""
+    if path.exists():
+        regular(path)
+    flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    return open(path, "ab+", opener=lambda name, _: os.open(name, flags, 0o666))
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.checkpoint import HEAD_FILE, PRED_FILE, load_extras, save_tensors
-from support.files import BadInput, printable, read_json, regular
+from support.files import BadInput, atomic, printable, read_json, regular
 from support.hf_check import brief, check
 
 BACKENDS = ("auto", "ours", "transformers")
@@ -178,7 +178,8 @@ class HFModel(nn.Module):
             raise ValueError("merge_lora first: a Hugging Face folder has no place for adapters")
         self.lm.save_pretrained(folder)
         for path in self.code:
-            shutil.copy(path, Path(folder) / path.name)
+            with atomic(Path(folder) / path.name) as temporary:
+                shutil.copy(path, temporary)
         own = {PRED_FILE: {}, HEAD_FILE: {}}
         if self.pred_embedding is not None:
             own[PRED_FILE]["pred_embedding"] = self.pred_embedding.detach().cpu()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.files import BadInput, atomic, parse_json, printable, read_json, regular, write_text
+from support.files import BadInput, append, atomic, parse_json, printable, read_json, regular, write_text
 from support.settings import differences, fill
 from support.tables import COLUMNS, SHARES, from_hex
 
@@ -112,7 +112,10 @@ class Run(contextlib.AbstractContextManager):
                     raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            self.log = open(folder / "metrics.jsonl", "ab+")
+            for found in folder.iterdir():  # libraries would write where it leads
+                if found.is_symlink() and found.suffix != ".tmp":
+                    raise BadInput(f"{found}: a link; remove it, or choose another --out")
+            self.log = append(folder / "metrics.jsonl")
             try:
                 if fcntl:
                     fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)

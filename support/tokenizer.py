@@ -352,8 +352,9 @@ class Tokenizer:
         return ids
 
     def refuse_long_words(self, text: str) -> None:
+        seconds = None if self.pattern in COVERING else 1
         try:
-            pieces = (found[0] for found in regex.finditer(self.pattern, text, timeout=2))
+            pieces = (found[0] for found in regex.finditer(self.pattern, text, timeout=seconds))
             squares = sum(len(piece.encode("utf-8", errors="replace"))**2 for piece in pieces)
         except (TimeoutError, regex.error) as error:
             raise BadInput(f"{text[:30]!r}... ({len(text)} characters): the tokenizer's pattern cannot "

@@ -367,6 +367,8 @@ def download(name: str, data_dir: str | Path, base_url: str = "") -> None:
         file_name, digest = SPIDER_ZIP
         archive = data_dir / file_name
         fetch(f"{(base_url or SPIDER_URL).rstrip('/')}/{file_name}", archive, sha256, digest)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+        temporary.mkdir()  # where a link stands, it is not followed
         try:  # the archive is the pinned one, so neither damaged nor hostile
             shutil.unpack_archive(archive, temporary)
             temporary.rename(databases)

@@ -206,7 +206,8 @@ def test_a_hundred_thousand_tensors(name, run_folder):  # noqa: F811
 
 @pytest.mark.parametrize("query", [
     "SELECT printf('%.*c', 2147483647, 'x')", "SELECT FORMAT('%2147483647d', 1)",
-    "SELECT zeroblob(2147483647)", "SELECT randomblob(1000000000)", "SELECT count(*) FROM t a, t b, t c, t d", "SELECT a FROM t a, t b, t c",
+    "SELECT zeroblob(2147483647)", "SELECT randomblob(1000000000)",
+    "SELECT count(*) FROM t a, t b, t c, t d", "SELECT a FROM t a, t b, t c",
     f"SELECT {', '.join(['1.5'] * 199)} FROM t a, t b LIMIT 100000",
     "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"])
 def test_queries_without_end(query, tmp_path):
@@ -220,3 +221,25 @@ def test_queries_without_end(query, tmp_path):
     began = time.monotonic()
     assert peak(lambda: run_query(path, query) and 1 / 0) < 300 << 20
     assert time.monotonic() - began < test_fuzz.SECONDS
+
+
+# ---- links where a run writes ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name,use", [
+    ("metrics.jsonl", test_fuzz.resume), ("state.pt", test_fuzz.resume), ("run.json", test_fuzz.resume),
+    ("config.json", test_fuzz.resume), ("eval.json", score),
+    ("tokenizer.json", lambda folder: Tokenizer.load(folder).save(folder))])
+def test_nothing_is_written_through_a_link(name, use, run_folder, tmp_path, monkeypatch):  # noqa: F811
+    """metrics.jsonl was appended to and cut where it led. No run begins in a folder with a link; what scoring
+    replaces takes the link's place."""
+    monkeypatch.setattr(train, "git_commit", lambda: None)
+    victim = run_folder / "victim"
+    (run_folder / name).rename(victim)
+    before = victim.read_bytes()
+    (run_folder / name).symlink_to(victim)
+    if use is test_fuzz.resume:
+        assert f"{name}: a link" in refused(use, run_folder)
+    else:
+        use(run_folder)
+        assert not (run_folder / name).is_symlink()
+    assert victim.read_bytes() == before
