@@ -502,7 +502,8 @@ def main() -> None:
         raise KeyboardInterrupt(str(stop) or "the same command goes on from the last checkpoint") from None
     distributed.leave()
     if not distributed.rank:
-        print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
+        source = printable(f"{result.get('dataset')} ({result.get('source')} data)")
+        print(f"\n{source}, {result['n']} {c.eval_split} items")
         print(table({c.out: result}))
 
 
