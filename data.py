@@ -28,7 +28,7 @@ from torch import Tensor
 
 from jepa_loss import dense_mask
 from support import distributed
-from support.files import BadInput, main_guard
+from support.files import BadInput, main_guard, printable
 from support.hf import BACKENDS
 from support.hf_tokenizer import load_tokenizer
 from support.settings import opt, parse_options
@@ -428,7 +428,7 @@ def show(o: ShowOptions) -> None:
     else:
         tokenizer = own_tokenizer(train, o.vocab_size, o.format)
     batch = collate_fused([render_views(example, tokenizer, o)], [True])
-    print(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n")
+    print(printable(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n", keep="\t\n"))
     print(picture(batch, tokenizer, colour=sys.stdout.isatty()))
 
 

@@ -38,13 +38,13 @@ from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, pad
 from jepa_loss import encode, gather, ntp
 from model import Predictor, Transformer
 from support.distributed import DEVICES, pick_device
-from support.files import BadInput, main_guard, write_text
+from support.files import BadInput, main_guard, printable, write_text
 from support.generation import generate
 from support.hf import BACKENDS, HFModel, uses_transformers
 from support.hf_tokenizer import load_tokenizer
 from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.runs import read_run, run_summary
-from support.settings import opt, parse_options
+from support.settings import fill, opt, parse_options
 from support.tables import table, to_hex
 from support.tokenizer import FORMATS, Tokenizer
 from tasks.datasets import Dataset, Example, announce, load_dataset
@@ -250,7 +250,7 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
         raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
     if run and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
-    settings = run.get("config", {})
+    settings = fill(ViewOptions, run.get("config", {}), {}, Path(folder, "run.json"))
     backend = settings.get("backend", "auto") if o.backend == "auto" else o.backend
     format = settings.get("format", "auto") if o.format == "auto" else o.format
     model, tokenizer = read_model(folder, backend, format, o.trust_remote_code)
@@ -260,6 +260,8 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
     if settings.get("predictor", "tokens") != "tokens" and model.predictor is None:
         raise BadInput(f"{folder}/predictor.safetensors: no such file, but the run has a learned predictor")
     model.embed_layer = settings.get("layer", -1)
+    if model.embed_layer >= model.config.n_layers:
+        raise BadInput(f"{folder}/run.json: layer is {model.embed_layer}, which the model does not have")
     return model.to(pick_device(o.device)).eval(), tokenizer, run
 
 
@@ -346,7 +348,7 @@ def main() -> None:
     o = parse_options(EvalOptions, description=__doc__, positional=("models",))
     if o.prompt is not None:
         for folder in o.models:
-            print(answer_prompt(folder, o))
+            print(printable(answer_prompt(folder, o), keep="\t\n"))
         return
     use = show_embeddings if o.embeddings else score_model if o.dataset else score_run
     print(table({folder: use(folder, o) for folder in o.models}))

@@ -39,10 +39,10 @@ from model import PRESETS, ModelConfig, Transformer
 from support import distributed
 from support.checkpoint import add_end_token
 from support.distributed import DEVICES, device_available, pick_device
-from support.files import BadInput, interrupts, main_guard, read_json, sha256, write_text
+from support.files import BadInput, interrupts, main_guard, printable, sha256, write_text
 from support.hf import BACKENDS
 from support.lora import add_lora, merge_lora
-from support.runs import Run, git_commit, read_run, run_summary, trainable
+from support.runs import Run, git_commit, read_run, read_score, run_summary, trainable
 from support.settings import fill, opt, parse, problems, raise_problems, run_name
 from support.speed import forward_dtype, largest_shape, prefetch, set_precision
 from support.tables import brief, table
@@ -335,7 +335,8 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
             or path.name in ("config.json", *CARRIED)] if c.init_from else []
     base_run = ""  # the run that --init_from is, by its settings without the seed
     if c.init_from and Path(c.init_from, "run.json").exists():
-        theirs = fill(Config, read_run(c.init_from)["config"], FORMER) | {"seed": Config.seed}
+        path, stored = Path(c.init_from, "run.json"), read_run(c.init_from)["config"]
+        theirs = fill(Config, stored, FORMER, path) | {"seed": Config.seed}
         base_run = run_name(Config(**{name: theirs[name] for name in asdict(c)}), {})
     return {"config": asdict(c), "source": data.source, "files": data.files,
             "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
@@ -356,8 +357,8 @@ def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, da
     result |= run_summary(folder)
     write_text(folder / "eval.json", json.dumps(result, indent=2) + "\n")
     for example, answer in zip(data.test, answers[:5], strict=False):  # paraphrase has no answers
-        print(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
-            "" if answer == example.code else "   <- differs"))
+        print(printable(f"\ntext    {example.text}\ntarget  {example.code}\nanswer  {answer}" + (
+            "" if answer == example.code else "   <- differs"), keep="\t\n"))
     return result
 
 
@@ -488,7 +489,7 @@ def train(c: Config) -> dict:
     with run:
         if (folder / "eval.json").exists():
             print(f"{folder}: finished before")
-            return read_json(folder / "eval.json")
+            return read_score(folder)
         training_loop(c, run, model, tokenizer, data, lengths, device)
         return {} if distributed.rank else finish(c, folder, model, tokenizer, data, limit)
 
@@ -501,7 +502,8 @@ def main() -> None:
         raise KeyboardInterrupt(str(stop) or "the same command goes on from the last checkpoint") from None
     distributed.leave()
     if not distributed.rank:
-        print(f"\n{result['dataset']} ({result['source']} data), {result['n']} {c.eval_split} items")
+        source = printable(f"{result.get('dataset')} ({result.get('source')} data)")
+        print(f"\n{source}, {result['n']} {c.eval_split} items")
         print(table({c.out: result}))
 
 

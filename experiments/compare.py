@@ -18,11 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 
 import train
-from support.files import BadInput, main_guard, read_json, write_text
+from support.files import BadInput, main_guard, printable, write_text
+from support.runs import SCORES as SHOWN
+from support.runs import read_score
 from support.settings import fill, in_group, opt, parse_options, with_identity
-from support.tables import COLUMNS, SHARES, from_hex, markdown, shown
+from support.tables import COLUMNS, from_hex, markdown, shown
 
-SHOWN, COST = (*COLUMNS, "cos_gap"), ("examples", "flops", "seconds")
+COST = ("examples", "flops", "seconds")
 NARROW = ("exact", "dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
 LENGTH = [f.name for f in fields(train.Config) if "!max_flops" in f.metadata["needs"]]  # epochs, max_steps
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
@@ -47,19 +49,12 @@ class Variant:
 
 
 def read_result(folder: str | Path) -> dict:
-    """What eval.json holds, with all of today's settings, and with shares counted from the items' verdicts.
-    BadInput if it is damaged."""
-    path = Path(folder) / "eval.json"
-    result = read_json(path)
+    """What eval.json holds, with all of today's settings. BadInput if it is damaged."""
+    path, result = Path(folder) / "eval.json", read_score(folder)
     try:
-        n, config = result["n"], result["config"]
-        verdicts = {name: from_hex(text, n) for name, text in result.get("items", {}).items()}
-        result |= {name: float(x.mean()) for name, x in verdicts.items() if name in SHARES}
-        numbers = [result["trained"][name] for name in COST]
-        numbers += [result[name] for name in SHOWN if result.get(name) is not None]
-        if not (type(n) is type(config["seed"]) is int and all(len(x) == n > 0 for x in verdicts.values())
-                and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)
-                and {"files", "init", "test", "dtype"} <= result.keys()):
+        config, numbers = result["config"], [result["trained"][name] for name in COST]
+        if not (type(config["seed"]) is int and {"files", "init", "test", "dtype"} <= result.keys()
+                and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)):
             raise ValueError
         config = fill(train.Config, config, train.FORMER)
         train.weights_of_terms(SimpleNamespace(**config))  # is_plain will ask for them
@@ -216,7 +211,7 @@ def comparison(results: dict[str, dict], against: str = "", narrow: bool = False
         if not narrow:
             lines[-1] += [f"{row['examples']:,.0f}", f"{row['flops'] / 1e15:.3g}"]
     lines[0] += [] if narrow else ["examples", "PFLOP"]
-    return f"{caption}\n\n{markdown(lines)}"
+    return f"{printable(caption)}\n\n{markdown(lines)}"
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def plotting() -> tuple:
 def curves(folder: str) -> dict[str, np.ndarray]:
     """name -> (n, 2) epochs and values. Older runs log 0 for a term that they do without: it is left out."""
     path, points = Path(folder) / "metrics.jsonl", {name: [] for name in TERMS + SCORES}
-    rows = read_metrics(path, path.read_bytes())
+    rows = list(read_metrics(path))
     for row in [*rows, {"epoch": rows[-1]["epoch"], "look": read_result(folder)}]:
         values = row.get("look", row)
         for name in SCORES if "look" in row else TERMS:

@@ -16,9 +16,10 @@ from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
 
-from support.files import BadInput, read_json
+from support.files import BadInput, read_json, read_text
 
 S, U, A, U2, A2 = "Qsystemq", "Quserq", "Qassistantq", "Qmoreq", "Qlastq"  # what no template writes
+MAX_TEMPLATE = 1 << 20  # the longest known has 20,000 characters
 
 
 @dataclass
@@ -45,9 +46,12 @@ def read_template(folder: Path) -> tuple[str, dict[str, str]]:
         settings = read_json(folder / "special_tokens_map.json") | settings
     tokens = {name: token.get("content") if isinstance(token, dict) else token
               for name, token in settings.items() if name.endswith("_token")}
-    template = own.read_text(encoding="utf-8") if own.exists() else settings.get("chat_template") or ""
+    template = read_text(own, MAX_TEMPLATE) if own.exists() else settings.get("chat_template") or ""
     if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else ""
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
+        raise BadInput(f"its chat template is no text of at most {MAX_TEMPLATE:,} characters")
     return template, {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 

@@ -19,6 +19,7 @@ HF_NAMES = {"vocab_size": ("vocab_size", int), "dim": ("hidden_size", int),
             "ffn_dim": ("intermediate_size", int), "max_seq_len": ("max_position_embeddings", int),
             "rope_theta": ("rope_theta", float), "norm_eps": ("rms_norm_eps", float),
             "tie_embeddings": ("tie_word_embeddings", bool)}
+MAX_LAYERS, MAX_HEADER = 1000, 1 << 20  # blocks; bytes that name the tensors of a file, some 100 for each
 # the keys for which model.py has no setting
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 PRED_FILE = "pred_embedding.safetensors"  # the [PRED] rows, for which a Llama folder has no place
@@ -72,6 +73,7 @@ def read_config(path: Path) -> dict:
         value = given.get(key, ours["dim"] // ours["n_heads"] if key == "head_dim" else None)
         good = type(value) is kind or kind is float and type(value) is int
         limit = 2**28 if kind is int else 1e30  # below these no tensor's size and no float overflows
+        limit = MAX_LAYERS if name == "n_layers" else limit
         if not good or kind is not bool and not 0 < value < limit:
             raise BadInput(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}"
                            + ("" if kind is bool else f", above 0 and below {limit}"))
@@ -88,6 +90,9 @@ def opened(path: Path):
     """A safetensors file, mapped into memory; BadInput if it is missing or damaged."""
     try:
         refuse_other_kinds(path)
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER:  # it is read again for every tensor
+                raise BadInput(f"{path}: not a whole safetensors file, or one of too many tensors")
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:

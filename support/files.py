@@ -2,7 +2,8 @@
 
 Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
-written through `atomic`: a reader sees the old file or the new one, never a half.
+written through `atomic`: a reader sees the old file or the new one, never a half. Every file is read as
+`regular` allows: a stranger's folder may hold pipes, devices, and files that fill the memory.
 """
 import codecs
 import contextlib
@@ -10,8 +11,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -47,6 +50,14 @@ def atomic(path: str | Path):
         raise
 
 
+def append(path: Path):
+    """Open a file to read it and to append to it, but through no link: its target would be written to."""
+    if path.exists():
+        regular(path)
+    flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    return open(path, "ab+", opener=lambda name, _: os.open(name, flags, 0o666))
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -61,9 +72,28 @@ KINDS = {  # how files of other kinds begin -> what they are, and what to do
     codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8"}
 
 
+# What is read whole: Llama-3's tokenizer.json has 17 MB and a million values in its larger spelling. A value
+# takes up to 150 bytes of memory.
+MAX_BYTES, MAX_VALUES = 24 << 20, 1_500_000
+
+
+def regular(path: str | Path, most: int | None = None) -> Path:
+    """The path, of a file with at most so many bytes. BadInput if it has more or if it, or what it links to,
+    is no regular file: to read a pipe or a device may never end."""
+    path = Path(path)
+    if "\0" in str(path):
+        raise BadInput(f"{str(path)!r}: no name of a file")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadInput(f"{path}: not a regular file; put one in its place, or remove it")
+    if most is not None and status.st_size > most:
+        raise BadInput(f"{path}: {status.st_size:,} bytes; at most {most:,} are read of such a file")
+    return path
+
+
 def refuse_other_kinds(path: str | Path) -> None:
-    """BadInput if a file begins as one does that is never read here, like a Git LFS pointer."""
-    with open(path, "rb") as file:
+    """BadInput if a file is not regular, or begins as one that is never read here, like a Git LFS pointer."""
+    with open(regular(path), "rb") as file:
         start = file.read(32)
     for magic, what in KINDS.items():
         if start.startswith(magic):
@@ -71,7 +101,9 @@ def refuse_other_kinds(path: str | Path) -> None:
 
 
 def parse_json(content: bytes, where: str | Path) -> dict:
-    """A JSON object; BadInput, which begins with `where`, if it is none."""
+    """A JSON object; BadInput, which begins with `where`, if it is none, or one that fills the memory."""
+    if sum(content.count(mark) for mark in b",:[{") > MAX_VALUES:  # it has no more than these
+        raise BadInput(f"{where}: more than {MAX_VALUES:,} values; so many are not read")
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
@@ -85,17 +117,36 @@ def read_json(path: str | Path) -> dict:
     """A JSON object from a file; BadInput names the file if it is none."""
     try:
         refuse_other_kinds(path)
-        return parse_json(Path(path).read_bytes(), path)
+        return parse_json(regular(path, MAX_BYTES).read_bytes(), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a file; BadInput if it is not UTF-8 or has more than so many bytes."""
+    try:
+        return regular(path, most).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 ({error})") from None
+
+
+def digest_of(path: str | Path, digest) -> str:
+    """A file's content, added to one of hashlib's digests, in hex."""
+    with open(regular(path), "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-        return digest.hexdigest()
+    return digest.hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    return digest_of(path, hashlib.sha256())
+
+
+def printable(text: object, keep: str = "") -> str:
+    """A text of others as a terminal can be given it: control characters, which may move its cursor or write
+    to its clipboard, and what turns the direction of reading stand there as escapes. keep: but for these."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+                  lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], str(text))
 
 
 class Interrupts:
@@ -144,7 +195,7 @@ def main_guard():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as shells have it of SIGPIPE
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error):.2000}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"interrupted{str(error) and ': '}{error}", file=sys.stderr)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.checkpoint import HEAD_FILE, PRED_FILE, load_extras, save_tensors
-from support.files import BadInput, read_json
+from support.files import BadInput, atomic, printable, read_json, regular
 from support.hf_check import brief, check
 
 BACKENDS = ("auto", "ours", "transformers")
@@ -179,7 +179,8 @@ class HFModel(nn.Module):
             raise ValueError("merge_lora first: a Hugging Face folder has no place for adapters")
         self.lm.save_pretrained(folder)
         for path in self.code:
-            shutil.copy(path, Path(folder) / path.name)
+            with atomic(Path(folder) / path.name) as temporary:
+                shutil.copy(path, temporary)
         own = {PRED_FILE: {}, HEAD_FILE: {}}
         if self.pred_embedding is not None:
             own[PRED_FILE]["pred_embedding"] = self.pred_embedding.detach().cpu()
@@ -198,6 +199,8 @@ class HFModel(nn.Module):
             raise BadInput(f"{folder}: its weights are quantized; only float32, bfloat16, float16 are read")
         transformers = library("transformers", f"{folder}: model_type {kind!r}")
         transformers.utils.logging.disable_progress_bar()
+        for path in Path(folder).glob("*.*"):
+            path.is_dir() or regular(path)
         try:
             lm, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
@@ -210,7 +213,7 @@ class HFModel(nn.Module):
                            "model's?")
         if info["unexpected_keys"]:
             print(f"note: {folder}: {len(info['unexpected_keys'])} tensors are no part of the model, such as "
-                  f"{min(info['unexpected_keys'])}")
+                  f"{printable(min(info['unexpected_keys']))}")
         lm.generation_config = transformers.GenerationConfig()  # the folder's own file is carried unchanged
         model = cls(lm, make_predictor)
         model.code = sorted(Path(folder).glob("*.py")) if trust_remote_code else []

@@ -4,7 +4,7 @@ from pathlib import Path
 from support.chat import cut_template
 from support.files import BadInput, atomic, read_json
 from support.hf import brief, library, uses_transformers
-from support.tokenizer import CARRIED, Tokenizer, make_format, note_on_template, template_format
+from support.tokenizer import Tokenizer, carried_files, make_format, note_on_template, template_format
 
 
 class LibraryTokenizer:
@@ -20,13 +20,13 @@ class LibraryTokenizer:
         tokenizers = library("tokenizers", f"{folder}: its tokenizer")
         if not (folder / "tokenizer.json").exists():
             raise BadInput(f"{folder / 'tokenizer.json'}: no such file; tokenizer.model alone is not read")
+        self.files = carried_files(folder)
         try:
             self.library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises Exception itself
             raise BadInput(f"{folder / 'tokenizer.json'}: not understood ({brief(error)})") from None
         self.library.no_truncation()
         self.library.no_padding()
-        self.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
         self.vocab_size = vocab_size or 1 + max(self.library.get_vocab().values())
         model = read_json(folder / "tokenizer.json")["model"]
         self.unknown = model.get("unk_id")

@@ -5,14 +5,18 @@ import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from support.files import BadInput, atomic, read_json, write_text
+from support.files import BadInput, append, atomic, parse_json, printable, read_json, regular, write_text
 from support.settings import differences, fill
+from support.tables import COLUMNS, SHARES, from_hex
 
+SCORES = (*COLUMNS, "cos_gap")
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps a second process out
@@ -22,7 +26,11 @@ except ImportError:  # Windows: nothing keeps a second process out
 RECORDED = {"config": dict, "files": dict, "init": dict, "source": str, "dtype": str, "system": str,
             "max_new_tokens": int}
 SCORED_WITH = {"dataset": str, "data_dir": str, "test_file": str, "eval_split": str, "on_long": str,
-               "n_train": int, "n_test": int}
+               "n_train": int, "n_test": int, "scorer": str, "databases": str, "backend": str, "format": str,
+               "predictor": str, "layer": int}
+OLDER_LACK = {"scorer": "", "databases": "", "backend": "auto", "format": "auto", "predictor": "tokens",
+              "layer": -1}
+LEAST = {"max_new_tokens": 1, "layer": -1}  # of other numbers: 0
 
 
 def git_commit() -> str | None:
@@ -39,20 +47,42 @@ def read_run(folder: str | Path) -> dict:
     """What run.json holds; BadInput if it is another program's."""
     path = Path(folder) / "run.json"
     run = read_json(path)
-    for names, entries in ((RECORDED, run), (SCORED_WITH, run.get("config"))):
-        if any(type(entries.get(name)) is not kind for name, kind in names.items()):
-            raise BadInput(f"{path}: damaged, or not written by this program's train.py")
+    config = run.get("config")
+    for names, entries in ((RECORDED, run), (SCORED_WITH, isinstance(config, dict) and OLDER_LACK | config)):
+        for name, kind in names.items():
+            value = entries.get(name) if entries else None
+            if type(value) is not kind or kind is int and not LEAST.get(name, 0) <= value < 2**63:
+                raise BadInput(f"{path}: damaged, or not written by this program's train.py: its {name} is "
+                               f"{value!r:.60}")
     return run
+
+
+def read_score(folder: str | Path) -> dict:
+    """What eval.json holds, with shares counted from the items' verdicts. BadInput if it is damaged."""
+    path = Path(folder) / "eval.json"
+    result = read_json(path)
+    try:
+        n, names = result["n"], [result.get(name, "") for name in ("dataset", "source")]
+        verdicts = {name: from_hex(text, n) for name, text in result.get("items", {}).items()}
+        result |= {name: float(x.mean()) for name, x in verdicts.items() if name in SHARES}
+        numbers = [result[name] for name in SCORES if result.get(name) is not None]
+        if not (type(n) is int and all(type(name) is str for name in names)
+                and all(len(x) == n > 0 for x in verdicts.values())
+                and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise BadInput(f"{path}: damaged, or not written by this program's train.py") from None
+    return result
 
 
 def trained_so_far(folder: Path) -> dict:
     """What the last line of metrics.jsonl says that the training took; BadInput if it is cut."""
-    path, names = folder / "metrics.jsonl", ("step", "examples", "tokens", "flops", "seconds")
-    content = path.read_bytes()
-    rows = read_metrics(path, content)
-    if not rows or not content.endswith(b"\n") or not set(names) <= rows[-1].keys():
+    path, names, row = folder / "metrics.jsonl", ("step", "examples", "tokens", "flops", "seconds"), {}
+    for row in read_metrics(path, torn=False):  # noqa: B007  the last one counts
+        pass
+    if not set(names) <= row.keys():
         raise BadInput(f"{path}: damaged; its last line is not whole")
-    return {name: rows[-1][name] for name in names}
+    return {name: row[name] for name in names}
 
 
 def run_summary(folder: Path) -> dict:
@@ -82,7 +112,10 @@ class Run(contextlib.AbstractContextManager):
                     raise BadInput(f"{folder}: not empty and not a run folder; choose another --out")
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            self.log = open(folder / "metrics.jsonl", "ab+")
+            for found in folder.iterdir():  # libraries would write where it leads
+                if found.is_symlink() and found.suffix != ".tmp":
+                    raise BadInput(f"{found}: a link; remove it, or choose another --out")
+            self.log = append(folder / "metrics.jsonl")
             try:
                 if fcntl:
                     fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +135,8 @@ class Run(contextlib.AbstractContextManager):
             raise
 
     def recognise(self, record: dict) -> None:
-        self.record["config"] = fill(self.settings, self.record["config"], self.former)
+        self.record["config"] = fill(self.settings, self.record["config"], self.former,
+                                     self.folder / "run.json")
         different = differences(self.settings, self.record["config"], record["config"])
         if different:
             raise BadInput(f"{self.folder} holds a run with {', '.join(different)}; choose another --out")
@@ -112,8 +146,8 @@ class Run(contextlib.AbstractContextManager):
                                "choose another --out")
         for name in ("git_commit", "versions"):
             if self.record.get(name) != record[name]:
-                print(f"note: {name} was {self.record.get(name)} when this run began, and is {record[name]} "
-                      "now")
+                print(f"note: {name} was {printable(self.record.get(name))} when this run began, and is "
+                      f"{record[name]} now")
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -153,8 +187,7 @@ class Run(contextlib.AbstractContextManager):
         step, seen, size = 0, {"examples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}, 0
         state = load_state(self.folder, next(model.parameters()).device)
         if state is None:
-            rows = read_metrics(metrics, metrics.read_bytes())
-            if rows and rows[-1]["step"] > every:
+            if any(row["step"] > every for row in read_metrics(metrics)):
                 raise BadInput(f"{path}: missing, but {metrics} goes on after the first checkpoint; put it "
                                "back, or choose another --out")
         else:
@@ -163,34 +196,41 @@ class Run(contextlib.AbstractContextManager):
                 if (differences(self.settings, theirs, self.record["config"])
                         or state["model"].keys() != trainable(model).keys()):
                     raise KeyError
+                step, seen, size = state["step"], seen | state["seen"], state["metrics_size"]
+                self.last_line = state.get("last_line", b"")  # an older version did not keep it
+                if not (type(step) is type(size) is int and 0 <= len(self.last_line) <= size
+                        and all(type(value) in (int, float) for value in seen.values())):
+                    raise TypeError
                 model.load_state_dict(state["model"], strict=False)  # with LoRA, without the base's weights
                 optimizer.load_state_dict(state["optimizer"])
                 if ema is not None:
                     ema.load_state_dict(state["ema"])
-                step, seen, size = state["step"], state["seen"], state["metrics_size"]
-                self.last_line = state.get("last_line", b"")  # an older version did not keep it
+                if any(x.dim() and x.shape != weight.shape for weight, kept in optimizer.state.items()
+                       for x in kept.values()):
+                    raise ValueError
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path}: of another run; put its own back, or choose another --out") from None
         if self.log:
-            self.log.seek(0)
-            content = self.log.read(size)
-            if len(content) < size or not content.endswith(self.last_line):
+            whole = os.fstat(self.log.fileno()).st_size >= size
+            self.log.seek(size - len(self.last_line))
+            if not whole or self.log.read(len(self.last_line)) != self.last_line:
                 raise BadInput(f"{metrics}: not as at the last checkpoint; put its own back, or choose "
                                "another --out")
-            self.log.truncate(len(content))
-            self.log.seek(len(content))
+            self.log.truncate(size)
+            self.log.seek(size)
         return step, seen
 
 
-def read_metrics(path: Path, content: bytes) -> list[dict]:
-    """The whole lines of a metrics.jsonl: a kill may tear the last one."""
-    try:
-        rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
-        if all(type(row["step"]) is int for row in rows):
-            return rows
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise BadInput(f"{path}: damaged; choose another --out")
+def read_metrics(path: Path, torn: bool = True) -> Iterator[dict]:
+    """The lines of a metrics.jsonl. torn: the last one may be, as a kill leaves it, and is left out."""
+    with open(regular(path), "rb") as file:
+        for line in iter(partial(file.readline, 1 << 20), b""):
+            if torn and not line.endswith(b"\n") and not file.read(1):
+                return
+            row = parse_json(line, path)
+            if type(row.get("step")) is not int or not line.endswith(b"\n"):
+                raise BadInput(f"{path}: damaged; choose another --out")
+            yield row
 
 
 def load_state(folder: Path, device: torch.device) -> dict | None:
@@ -198,7 +238,7 @@ def load_state(folder: Path, device: torch.device) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(regular(path), map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
         what = str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(f"{path}: damaged ({what}); put a whole one back, or choose another --out") from None

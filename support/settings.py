@@ -44,11 +44,36 @@ def with_identity(cls: type, identity: str) -> list[str]:
     return [f.name for f in fields(cls) if f.metadata["identity"] == identity]
 
 
-def fill(cls: type, stored: dict, former: dict[str, Any]) -> dict:
+def broken_bounds(f: Field, value) -> str:
+    """The bounds of a setting where its value breaks one or is not finite; empty if all is well."""
+    low, above, below = (f.metadata[name] for name in ("low", "above", "below"))
+    bounds = [words for bound, words in ((low, f"{low} or more"), (above, f"above {above}"),
+                                         (below, f"below {below}")) if bound is not None]
+    kept = not bounds or (math.isfinite(value) and (low is None or value >= low)
+                          and (above is None or value > above) and (below is None or value < below))
+    return "" if kept else " and ".join(bounds)
+
+
+def is_value(f: Field, hint, value) -> bool:
+    """May a setting of this type have this value, which a file of others has stored?"""
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in kinds
+    if type(value) is int and abs(value) >= 2**64 or type(value) is float and not math.isfinite(value):
+        return False
+    return (type(value) in kinds or hint is float and type(value) is int) and not broken_bounds(f, value)
+
+
+def fill(cls: type, stored: dict, former: dict[str, Any], where: str | Path = "settings") -> dict:
     """The settings of a run of any version: those that it lacks have their defaults, those that are no more
-    (`former`: name -> default) are left out where they have theirs and kept where they do not."""
+    (`former`: name -> default) are left out where they have theirs and kept where they do not, and so are
+    unknown ones. BadInput, which begins with `where`, if one has a value that it cannot have."""
     kept = {name: value for name, value in stored.items() if name not in former or value != former[name]}
-    return {f.name: f.default for f in fields(cls)} | kept
+    filled, hints = {f.name: f.default for f in fields(cls)} | kept, get_type_hints(cls)
+    for f in fields(cls):
+        if filled[f.name] != f.default and not is_value(f, hints[f.name], filled[f.name]):
+            raise BadInput(f"{where}: {f.name} is {filled[f.name]!r:.60}, which this setting cannot be")
+    return filled
 
 
 # ---- from the command line ---------------------------------------------------------------------------------
@@ -132,7 +157,7 @@ def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[st
     their defaults, or tuned ones, nor switched off)."""
     found = []
     for f in fields(config):
-        value, meta = getattr(config, f.name), f.metadata
+        value = getattr(config, f.name)
         changed = value not in (f.default, tuned.get(f.name, f.default))
         is_given = f.name in given if given is not None else changed and (value or f.default is True)
         if not is_given and value == f.default:
@@ -140,12 +165,8 @@ def problems(config, given: set[str] | None = None, tuned: dict = {}) -> list[st
         hint = get_type_hints(type(config))[f.name]
         if get_origin(hint) is Literal and value not in get_args(hint):
             found.append(f"--{f.name} {value}: must be one of {', '.join(map(str, get_args(hint)))}")
-        low, above, below = meta["low"], meta["above"], meta["below"]
-        bounds = [words for bound, words in ((low, f"{low} or more"), (above, f"above {above}"),
-                                             (below, f"below {below}")) if bound is not None]
-        if bounds and not (math.isfinite(value) and (low is None or value >= low)
-                           and (above is None or value > above) and (below is None or value < below)):
-            found.append(f"--{f.name} {value}: must be {' and '.join(bounds)}")
+        if broken := broken_bounds(f, value):
+            found.append(f"--{f.name} {value}: must be {broken}")
         if is_given and idle(f, config):
             found.append(f"--{f.name} has no effect {idle(f, config)}")
     return found

@@ -1,6 +1,8 @@
 """Tables of scores, in Markdown, and verdicts on many items, in hex."""
 import numpy as np
 
+from support.files import printable
+
 SHARES = ("exact", "prefix", "stopped", "exact_unseen", "dfa_equal", "correct")
 COLLAPSE = ("cos_paired", "cos_shuffled", "retrieval_at_1", "rank_pred", "rank_enc")
 COLUMNS = (*SHARES, "p_end", "ntp", *COLLAPSE, "alignment", "uniformity_pred", "uniformity_enc",
@@ -10,6 +12,7 @@ COLUMNS = (*SHARES, "p_end", "ntp", *COLLAPSE, "alignment", "uniformity_pred", "
 
 def markdown(rows: list[tuple]) -> str:
     """A table of strings, the first row its head."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

@@ -18,7 +18,7 @@ import tiktoken
 
 from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
 from support.chat import cut_template
-from support.files import BadInput, atomic, read_json, refuse_other_kinds
+from support.files import BadInput, atomic, printable, read_json, refuse_other_kinds, regular
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
 
@@ -30,6 +30,14 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
+COVERING = {GPT2, LLAMA3, QWEN2, SMOLLM2, PATTERN}  # they leave out nothing of any text
+
+# tiktoken merges a piece, and apply_merges a token, in a time that grows with the square of its bytes: bounds
+# of the sum of the squares. Of a text, for a tenth of a second: a word of 31,000 bytes. Of a vocabulary,
+# twice what the largest known should have.
+MAX_OF_TEXT, MAX_OF_MERGES, MAX_OF_RANKS = 10**9, 3 * 10**7, 10**9
+MAX_PATTERN = 10_000  # characters
+
 LLAMA3_SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -39,7 +47,7 @@ LLAMA3_SPECIAL = (
 def read_tiktoken(path: Path) -> dict[bytes, int]:
     """The ranks in a file of tiktoken's format. (tiktoken's own loader would cache the file by its path.)"""
     refuse_other_kinds(path)
-    ranks, content = {}, path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    ranks, content = {}, regular(path, 8 << 20).read_bytes().removeprefix(codecs.BOM_UTF8)
     if content[:1] == b"\n" or b"<unk>" in content[:64]:
         raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
     for number, line in enumerate(content.splitlines(), 1):
@@ -51,6 +59,8 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise BadInput(f"{path}: the vocabulary lacks the bytes {missing[:8]}; it is not byte-level")
+    if sum(len(token)**2 for token in ranks) > MAX_OF_RANKS:
+        raise BadInput(f"{path}: its tokens are too long")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise BadInput(f"{path}: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
     return ranks
@@ -133,6 +143,8 @@ def parse_tokenizer_json(content: dict) -> dict:
         require(last <= ranks[a + b], "its merges do not stand in the order of their ids")
         last = ranks[a + b]
         merges.setdefault((a, b), len(merges))
+    require(model.get("ignore_merges") or sum(len(token)**2 for token in ranks) <= MAX_OF_MERGES,
+            "its tokens are too long to look whether its merges make them")
     for token in () if model.get("ignore_merges") else ranks:
         require(len(token) < 2 or apply_merges(token, merges) == [token],
                 f"its token {token!r} is not what its merges make of these bytes")
@@ -215,6 +227,8 @@ def make_format(name: str, special: dict[str, int], encode: Callable[[str], list
         if not name:
             raise BadInput("the tokenizer has the special tokens of no chat format "
                            f"({'; '.join(' '.join(tokens) for tokens in FORMAT_TOKENS.values())})")
+    if name not in FORMAT_TOKENS:
+        raise BadInput(f"--format {name}: must be one of {', '.join(FORMATS)}")
     missing = [token for token in FORMAT_TOKENS[name] if token not in special]
     if missing:
         raise BadInput(f"--format {name}: the tokenizer has no {', '.join(missing)}")
@@ -258,7 +272,7 @@ def note_on_template(folder: Path, name: str) -> None:
         if ours != (theirs.start, theirs.opening, theirs.closing, theirs.no_system):
             what = f"its chat template writes {theirs.write('...', '...')!r} (so does --format template)"
     if what:
-        print(f"note: {folder}: {what}; turns are written as --format {name} has them")
+        print(f"note: {folder}: {printable(what)}; turns are written as --format {name} has them")
 
 
 # ---- both together -----------------------------------------------------------------------------------------
@@ -266,6 +280,20 @@ def note_on_template(folder: Path, name: str) -> None:
 # files of a checkpoint that belong to its tokenizer; a run's folder gets them unchanged
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+
+
+MAX_CARRIED = 128 << 20  # Gemma 3's tokenizer.json has 33 MB
+
+
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """name -> content of the files of CARRIED that a folder has. BadInput if one is a link out of the folder,
+    and not into the blobs of Hugging Face's cache: a stranger's link would bring a secret into the run."""
+    homes = [place.resolve() for place in (folder, folder / "../../blobs")]
+    found = [folder / name for name in CARRIED if (folder / name).exists()]
+    for path in found:
+        if path.resolve().parent not in homes:
+            raise BadInput(f"{path}: a link out of its folder; if you trust it, put a copy in its place")
+    return {path.name: regular(path, MAX_CARRIED).read_bytes() for path in found}
 
 
 class Tokenizer:
@@ -295,18 +323,25 @@ class Tokenizer:
                            f"{self.vocab_size - 1}; is it another model's?")
         # tiktoken panics at a byte that is no token, so such a byte gets an id beyond V, which encode refuses
         self.missing = {self.vocab_size + i: bytes([i]) for i in range(256) if bytes([i]) not in ranks}
+        if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
+            raise BadInput(f"the tokenizer's pattern is no text of at most {MAX_PATTERN:,} characters")
         try:
             self.encoding = tiktoken.Encoding(
                 "llm-jepa", pat_str=pattern, special_tokens={},
                 mergeable_ranks=ranks | {byte: i for i, byte in self.missing.items()})
         except (ValueError, TypeError, OverflowError) as error:
-            raise BadInput(f"the tokenizer's pattern {pattern!r} is no regex ({error})") from None
+            raise BadInput(f"the tokenizer's pattern {pattern!r:.200} is no regex ({error})") from None
         self.format = format(self) if callable(format) else make_format(format, special, self.encode)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks."""
+        """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks, a word
+        that takes too long, or what the pattern leaves out."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if 16 * len(text)**2 > MAX_OF_TEXT:  # a letter takes 4 bytes at most
+            self.refuse_long_words(text)
         try:
-            ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+            ids = self.encoding.encode_ordinary(text)
         except BaseException as error:  # tiktoken's regex panics at a million blanks
             if type(error).__name__ != "PanicException":
                 raise
@@ -314,7 +349,22 @@ class Tokenizer:
         if self.missing and not self.missing.keys().isdisjoint(ids):
             byte, = next(self.missing[i] for i in ids if i in self.missing)
             raise BadInput(f"{text[:30]!r}... has the byte {byte:#04x}, which the vocabulary lacks")
+        if self.pattern not in COVERING:  # of a stranger; "replace" writes what is no text in fewer bytes
+            if len(self.encoding.decode_bytes(ids)) < len(text.encode("utf-8", errors="replace")):
+                raise BadInput(f"{text[:30]!r}... has what the tokenizer's pattern leaves out")
         return ids
+
+    def refuse_long_words(self, text: str) -> None:
+        seconds = None if self.pattern in COVERING else 1
+        try:
+            pieces = (found[0] for found in regex.finditer(self.pattern, text, timeout=seconds))
+            squares = sum(len(piece.encode("utf-8", errors="replace"))**2 for piece in pieces)
+        except (TimeoutError, regex.error) as error:
+            raise BadInput(f"{text[:30]!r}... ({len(text)} characters): the tokenizer's pattern cannot "
+                           f"cut it ({error})") from None
+        if squares > MAX_OF_TEXT:
+            raise BadInput(f"{text[:30]!r}... ({len(text)} characters): has words so long that they would "
+                           "take minutes; put blanks into them, or leave the text out")
 
     def decode(self, ids: list[int]) -> str:
         """The text; U+FFFD where it is not UTF-8, and for an id of the model that is no token."""
@@ -346,7 +396,7 @@ class Tokenizer:
     def load(cls, folder: str | Path, vocab_size: int = 0, format: str = "auto") -> "Tokenizer":
         """The tokenizer of a run of ours or of a checkpoint; BadInput names the file, and the line."""
         folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
+        files = carried_files(folder)
         config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
         if "tokenizer.json" in files:
             options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}

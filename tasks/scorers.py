@@ -69,6 +69,8 @@ MAX_STEPS, MAX_SECONDS = 50_000_000, 30  # of SQLite's virtual machine; for step
 MAX_ROWS, MAX_COLUMNS = 100_000, 200
 MAX_BYTES, MAX_RESULT, MAX_MEMORY = 10_000, 50 << 20, 256 << 20  # of a value, of a result, of SQLite
 CHECK_EVERY = 100  # steps; with values this short, none of them takes long
+VALUE = 32  # bytes that a value takes in Python, beside its text
+WIDE = {"printf", "format"}  # functions that write 2**31 letters before they see that MAX_BYTES is exceeded
 READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
@@ -89,15 +91,15 @@ def run_query(database: Path, query: str) -> tuple[int, list[tuple]] | None:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_BYTES)
         connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100)
-        connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READS
-                                  else sqlite3.SQLITE_DENY)
+        connection.set_authorizer(lambda action, _, name, *__: sqlite3.SQLITE_OK if action in READS
+                                  and str(name).lower() not in WIDE else sqlite3.SQLITE_DENY)
         checks, end = iter(range(MAX_STEPS // CHECK_EVERY)), time.monotonic() + MAX_SECONDS
         connection.set_progress_handler(lambda: next(checks, None) is None or time.monotonic() > end,
                                         CHECK_EVERY)
         cursor, rows, size = connection.execute(query), [], 0
         for row in cursor:
             rows.append(row)
-            size += sum(len(value) for value in row if isinstance(value, bytes))
+            size += sum(VALUE + (len(value) if isinstance(value, bytes) else 0) for value in row)
             if len(rows) > MAX_ROWS or size > MAX_RESULT:
                 return None
         return (len(cursor.description), rows) if cursor.description else None  # an empty statement has none

@@ -1,10 +1,11 @@
 """Files and answers of strangers: mutated ones of every kind end in a result or one clear line, in bounded
-time and memory. 15 kinds of 150 cases each, and with `pytest -m slow` of 2,500: 37,500."""
+time and memory. 17 kinds of 150 cases each, and with `pytest -m slow` of 2,500."""
 import json
 import os
 import sqlite3
 import time
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import eval
 import train
 from experiments.compare import comparison, read_result
 from model import Transformer
 from support.files import BadInput
-from support.runs import Run, run_summary
+from support.runs import Run, read_score, run_summary
+from support.tables import table, to_hex
 from support.tokenizer import Tokenizer
 from tasks import regexes
 from tasks.datasets import read_jsonl
@@ -211,6 +214,47 @@ def test_files(name, n, run_folder, monkeypatch):
     FILES[name](run_folder)  # as it is, it is taken
     fuzz(strategy, check, n)
     assert "refused" in seen, seen
+
+
+def score(folder):
+    eval.score_run(folder, eval.EvalOptions([str(folder)], device="cpu"))
+
+
+SETTINGS = [f.name for f in fields(train.Config)]
+NUMBERS = st.sampled_from([*HOSTILE, "mean", "three", "infonce"]) | st.integers() | st.floats()
+
+
+@N
+@pytest.mark.parametrize("name", ["run.json", "eval.json"])
+def test_settings_and_verdicts(name, n, run_folder, monkeypatch):
+    """Edited where nothing else gives it away: eval.json with as many verdicts as it has items."""
+    monkeypatch.setattr(train, "git_commit", lambda: None)
+    original, result = (json.loads((run_folder / file).read_text()) for file in (name, "eval.json"))
+    metrics, taken = (run_folder / "metrics.jsonl").read_bytes(), []
+    if n < 1000:
+        monkeypatch.setattr(eval, "evaluate", lambda *_, **__: (dict(result), []))
+
+    def check(case):
+        config, rest, flags = case
+        stored = original | rest | {"config": original["config"] | config}
+        if name == "eval.json":
+            stored |= {"n": len(flags), "items": dict.fromkeys(original["items"], to_hex(flags))}
+        (run_folder / name).write_text(json.dumps(stored))
+        for use in (summarize_and_begin_with_it, resume, score) if name == "run.json" else (
+                lambda folder: table({"a": read_score(folder)}),
+                lambda folder: comparison({"a": read_result(folder), "b": other | {"n": len(flags)}})):
+            try:
+                use(run_folder)
+                taken.append(1)
+            except (BadInput, OSError) as error:
+                assert "\n" not in str(error), str(error)
+            (run_folder / "metrics.jsonl").write_bytes(metrics)
+            (run_folder / "eval.json").write_text(json.dumps(result)) if name == "run.json" else None
+    other = read_result(run_folder)
+    changes = st.dictionaries(st.sampled_from(SETTINGS), NUMBERS, max_size=3)
+    fuzz(st.tuples(changes, st.dictionaries(st.sampled_from(sorted(original)), NUMBERS, max_size=1),
+                   st.lists(st.booleans(), min_size=1, max_size=30)), check, n)
+    assert taken
 
 
 @N
