@@ -1,8 +1,9 @@
 """The tokenizer of any folder that has a tokenizer.json, by the tokenizers library (requirements-hf.txt)."""
+import json
 from pathlib import Path
 
 from support.chat import cut_template
-from support.files import BadInput, atomic, read_json
+from support.files import BadInput, atomic
 from support.hf import brief, library, uses_transformers
 from support.tokenizer import Tokenizer, carried_files, make_format, note_on_template, template_format
 
@@ -28,7 +29,7 @@ class LibraryTokenizer:
         self.library.no_truncation()
         self.library.no_padding()
         self.vocab_size = vocab_size or 1 + max(self.library.get_vocab().values())
-        model = read_json(folder / "tokenizer.json")["model"]
+        model = json.loads(self.files["tokenizer.json"])["model"]  # the library could read it
         self.unknown = model.get("unk_id")
         if model.get("unk_token"):
             self.unknown = self.library.token_to_id(model["unk_token"])

@@ -296,6 +296,14 @@ def test_library_tokenizer(tmp_path, library_tokenizer):
         LibraryTokenizer(tmp_path, 8).encode("a")
 
 
+def test_a_vocabulary_as_large_as_gemma_3_s(tmp_path, library_tokenizer):
+    """33 MB of tokenizer.json, more than what is read of other JSON files, are the library's to read."""
+    add_tokenizer(tmp_path, library_tokenizer, "chatml")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text() + " " * (33 << 20))
+    assert LibraryTokenizer(tmp_path).encode("ab")
+
+
 def test_what_a_vocabulary_lacks_is_no_answer(tmp_path):
     """A sentencepiece vocabulary without bytes, and one of words."""
     from tokenizers import Tokenizer, models
