@@ -71,7 +71,7 @@ def fill(cls: type, stored: dict, former: dict[str, Any], where: str | Path = "s
     kept = {name: value for name, value in stored.items() if name not in former or value != former[name]}
     filled, hints = {f.name: f.default for f in fields(cls)} | kept, get_type_hints(cls)
     for f in fields(cls):
-        if filled[f.name] != f.default and not is_value(f, hints[f.name], filled[f.name]):
+        if f.name in kept and not is_value(f, hints[f.name], filled[f.name]):
             raise BadInput(f"{where}: {f.name} is {filled[f.name]!r:.60}, which this setting cannot be")
     return filled
 

@@ -123,7 +123,7 @@ def show(folder):
     table({"a": read_score(folder)})
 
 
-@pytest.mark.parametrize("value", [None, [], {}, "x", "\x1b[2J", True, 1e9, 10**9, -5, float("nan"), 10**400],
+@pytest.mark.parametrize("value", [None, [], {}, "x", "\x1b[2J", True, 1.0, 1e9, 10**9, -5, float("nan"), 10**400],
                          ids=repr)
 @pytest.mark.parametrize("name", ["k", "lam", "epochs", "layer", "distance", "n_train", "compile", "format",
                                   "dataset", "test_file", "seed", "pool"])
