@@ -73,7 +73,7 @@ def test_what_is_no_file_is_named(name, kind, run_folder, monkeypatch):  # noqa:
     message = refused(READERS[name], run_folder)
     assert message.startswith(str(run_folder / name)) or "metrics.jsonl" in message and name == "state.pt"
     if kind != "huge" or name not in NOT_WHOLE:
-        assert re.search({"huge": "bytes; at most", "endless": "regular file|a link out"}.get(
+        assert re.search({"huge": "bytes; at most", "endless": "regular file|a link"}.get(
             kind, "not a regular file"), message)
 
 
@@ -123,8 +123,8 @@ def show(folder):
     table({"a": read_score(folder)})
 
 
-@pytest.mark.parametrize("value", [None, [], {}, "x", "\x1b[2J", True, 1.0, 1e9, 10**9, -5, float("nan"), 10**400],
-                         ids=repr)
+@pytest.mark.parametrize("value", [None, [], {}, "x", "\x1b[2J", True, 1.0, 1e9, 10**9, -5, float("nan"),
+                                   10**400], ids=repr)
 @pytest.mark.parametrize("name", ["k", "lam", "epochs", "layer", "distance", "n_train", "compile", "format",
                                   "dataset", "test_file", "seed", "pool"])
 def test_settings_of_others(name, value, run_folder, monkeypatch):  # noqa: F811
