@@ -235,7 +235,10 @@ def view_options(run: dict) -> ViewOptions:
 
 
 def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False):
-    """Model, in float32, and tokenizer of a folder: model.Transformer, or any model of transformers."""
+    """Model, in float32, and tokenizer of a folder: model.Transformer, or any model of transformers. BadInput
+    if it is a run that is not finished."""
+    if Path(folder, "run.json").exists() and not Path(folder, "eval.json").exists():
+        raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     if uses_transformers(folder, backend):
         model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
     else:
@@ -248,8 +251,6 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
     run = read_run(folder) if Path(folder, "run.json").exists() else {}
     if not run and not o.dataset and o.prompt is None:
         raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
-    if run and not Path(folder, "eval.json").exists():
-        raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     settings = fill(ViewOptions, run.get("config", {}), {}, Path(folder, "run.json"))
     backend = settings.get("backend", "auto") if o.backend == "auto" else o.backend
     format = settings.get("format", "auto") if o.format == "auto" else o.format

@@ -308,8 +308,6 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
         model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed)
     elif not Path(c.init_from).is_dir():
         raise BadInput(f"--init_from {c.init_from}: no such folder")
-    elif Path(c.init_from, "run.json").exists() and not Path(c.init_from, "eval.json").exists():
-        raise BadInput(f"--init_from {c.init_from}: its training is not finished")
     else:
         model, tokenizer = read_model(c.init_from, c.backend, c.format, c.trust_remote_code)
     if len(model.pred_embedding if model.pred_embedding is not None else ()) != c.k:
