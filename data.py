@@ -47,6 +47,8 @@ class ViewOptions:
     reverse: bool = opt(False, "Code predicts Text (an ablation)", group="objective", needs="lam|reg_weight")
     pool: Literal["last", "mean"] = opt("last", "which hidden states embed a view: its last token's, or all",
                                         group="objective", needs="lam|reg_weight")
+    view_end: bool = opt(False, "the predicted view ends with the end token (an ablation)", group="objective",
+                         needs="lam|reg_weight")
     ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code", needs="gamma",
                                          group="labels")
     train_eos: bool = opt(True, "is the end token a target? (off: the official labels, an ablation)",
@@ -100,7 +102,7 @@ def render_views(example: Example, tokenizer: Tokenizer, o: ViewOptions = DEFAUL
     if o.reverse:
         openings, views = openings[::-1], views[::-1]
     preds = [tokenizer.vocab_size + i for i in range(o.k)]
-    enc = openings[1] + views[1]
+    enc = [*openings[1], *views[1], *([f.end] if o.view_end else [])]
     if o.pred_first:
         return Views(main, labels, openings[0] + preds + views[0], [], enc, o.pool)
     return Views(main, labels, openings[0] + views[0], preds, enc, o.pool)

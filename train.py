@@ -145,6 +145,7 @@ class Config(ViewOptions):
     prefetch: bool = neutral(True, "collate in a thread, ahead of the step, and copy without waiting")
     log_every: int = neutral(10, "steps between two lines of metrics.jsonl", low=1)
     checkpoint_every: int = neutral(0, "steps between two checkpoints; 0: an epoch", low=0)
+    eval_every: int = neutral(0, "steps between two scores of 200 test items; 0: an epoch", low=0)
     out: str = neutral("", "run folder (default: runs/, named after the dataset and other settings)")
 
 
@@ -386,13 +387,13 @@ def check_finite(step: int, means: dict, grad_norm: float, saved: int, examples:
                        f"{kept}; try a lower --lr, or look at the step's examples: {', '.join(where)}")
 
 
-def score_epoch(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,
-                row: dict) -> float:
-    """Score 200 test items after an epoch; returns the seconds that it took."""
+def score_sample(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,
+                 row: dict) -> float:
+    """Score 200 test items on the way; returns the seconds that it took."""
     result, _ = evaluate(model, tokenizer, data, c, run.record["max_new_tokens"], n=200)
     result.pop("items", None)
     run.write(row | {"look": result})
-    tqdm.write(f"epoch {row['epoch']:.0f}, {result['n']} {c.eval_split} items: {brief(result)}")
+    tqdm.write(f"epoch {row['epoch']:.3g}, {result['n']} {c.eval_split} items: {brief(result)}")
     return result["seconds"]
 
 
@@ -461,8 +462,8 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                 loss = sum(weights[name] * mean for name, mean in means.items())
                 run.write(row | means | {"loss": loss, "lr": lr, "grad_norm": grad_norm,
                                          "tokens_per_s": speed})
-            if done % an_epoch == 0 and not last and distributed.rank == 0:
-                began += score_epoch(c, run, model, tokenizer, data, row)
+            if done % (c.eval_every or an_epoch) == 0 and not last and distributed.rank == 0:
+                began += score_sample(c, run, model, tokenizer, data, row)
             if done % every == 0 or last:
                 run.save(model, optimizer, done, seen, ema)
                 saved = done

@@ -42,6 +42,11 @@ ema-linear --target ema --predictor linear
 mean --pool mean
 lam_warmup --lam_warmup 0.5
 vicreg0.1-ema-linear --reg vicreg --reg_weight 0.1 --target ema --predictor linear"
+habits="plain --lam 0
+jepa
+jepa23 --lam 2 --k 3
+infonce0.1 --distance infonce --lam 0.1
+stopgrad --target stopgrad"
 
 run() {  # SECTION NAME FLAGS
     kept=experiments/results/$1/$2/eval.json
@@ -56,6 +61,7 @@ run() {  # SECTION NAME FLAGS
     }
     mkdir -p "$(dirname "$kept")"
     cp "$folder/eval.json" "$kept"
+    grep '"look"' "$folder/metrics.jsonl" > "${kept%eval.json}looks.jsonl" || true  # scores on the way
 }
 
 flops() {  # SECTION/NAME: what this run took
@@ -115,6 +121,34 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     for seed in $seeds; do
         echo chosen turk-$seed $turk $stp --compile --seed $seed
         echo chosen synth-$seed --epochs 4 $stp --compile --seed $seed
+    done
+    # a habit of stopping: models that end their answers, fine-tuned with labels that train it and that do not
+    for seed in $seeds; do
+        echo habit_base plain-$seed --dataset nlrx_turk --epochs 6 --lam 0 --compile --seed $seed
+    done
+    tune="--epochs 2 --batch_size 32 --init_from runs/results/habit_base/plain"
+    while read -r name flags; do
+        for seed in $seeds; do
+            for eos in train_eos no-train_eos; do
+                echo habit $name-$eos-$seed $tune-$seed --lr 2e-4 --$eos $flags --eval_every 50 --seed $seed
+            done
+        done
+    done <<< "$habits"
+    # other learning rates, and where it comes from: one seed, on the held-out tenth of train
+    tune="$tune-82 --eval_split valid --seed 82"
+    while read -r name flags; do
+        for lr in 5e-5 2e-4 1e-3; do
+            for eos in train_eos no-train_eos; do
+                echo habit_valid $name-$eos-lr$lr $tune --lr $lr --$eos $flags
+            done
+        done
+    done <<< "$habits"
+    official="$tune --lr 2e-4 --no-train_eos"
+    echo habit_why k0 $official --k 0
+    echo habit_why reverse $official --reverse
+    echo habit_why view_end $official --view_end
+    for layer in 0 1 2; do
+        echo habit_why layer$layer $official --layer $layer
     done
     for seed in 82 23 37; do
         echo overfit plain-$seed --epochs 20 --lam 0 --compile --seed $seed

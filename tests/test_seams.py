@@ -98,8 +98,8 @@ def test_uniformity_and_alignment_by_hand():
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("layer", [-1, 0])
-@pytest.mark.parametrize("reverse,pred_first", [(False, False), (True, False), (False, True)])
-def test_three_pass_equals_fused_for_every_seam(tiny, tokenizer, examples, pool, layer, reverse, pred_first):
+@pytest.mark.parametrize("ablation", ["", "reverse", "pred_first", "view_end"])
+def test_three_pass_equals_fused_for_every_seam(tiny, tokenizer, examples, pool, layer, ablation):
     """Regulariser, average as target, learned predictor, pooling, layer and tube at once: float64, values and
     gradients, packed or not."""
     model = tiny(2)
@@ -110,8 +110,9 @@ def test_three_pass_equals_fused_for_every_seam(tiny, tokenizer, examples, pool,
     ema = copy.deepcopy(model).requires_grad_(False)
     for weight in ema.parameters():
         weight.mul_(0.9)
-    o = ViewOptions(k=2, pool=pool, reverse=reverse, pred_first=pred_first)
+    o = ViewOptions(k=2, pool=pool, **{ablation: True} if ablation else {})
     views = [render_views(e, tokenizer, o) for e in examples]
+    assert all((v.enc[-1] == tokenizer.format.end) == (ablation == "view_end") for v in views)
     draws = np.random.default_rng(0).random((5, 3))
     results = []
     has = [True] * 5

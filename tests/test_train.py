@@ -338,7 +338,7 @@ def whole(pairs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--no-prefetch", "--grad_checkpointing", "--log_every 2", "--checkpoint_every 2",
+    "", "--no-prefetch", "--grad_checkpointing", "--log_every 2", "--checkpoint_every 2", "--eval_every 4",
     pytest.param("--device auto", marks=pytest.mark.skipif(
         torch.cuda.is_available() or torch.backends.mps.is_available(), reason="it would not be the CPU")),
     "--dataset OTHER", "--test_file OTHER"])
@@ -353,6 +353,10 @@ def test_a_run_that_dies_goes_on(whole, pairs, argv, tmp_path, flags):
     assert_equal_runs(whole, tmp_path / "run")
     ours, theirs = metrics(tmp_path / "run"), metrics(whole)
     assert len(theirs) == 6
+    if "eval_every" in flags:
+        (look,) = (row for row in rows_of(tmp_path / "run") if "look" in row)
+        assert look["step"] == 4
+        ours = [row for row in ours if "p_end" not in row]
     assert ours == [row for row in theirs if row["step"] != 5 or "log_every" not in flags]
 
 
