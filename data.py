@@ -34,21 +34,26 @@ from support.hf_tokenizer import load_tokenizer
 from support.settings import opt, parse_options
 from support.speed import Sampler, Shape, pack, pad_to
 from support.tokenizer import FORMATS, Tokenizer, train_bpe
-from tasks.datasets import PUBLISHED, Dataset, Example, dataset_paths, download, read_jsonl
+from tasks.datasets import PUBLISHED, Dataset, Example, announce, dataset_paths, download, load_dataset
+from tasks.datasets import read_jsonl
+from tasks.scorers import SCORERS, check_databases
 
 # ---- one pair: its views -----------------------------------------------------------------------------------
+
+of_data = partial(opt, group="data")
+of_views = partial(opt, group="objective", needs="lam|reg_weight")
+
 
 @dataclass
 class ViewOptions:
     """How a pair becomes token ids: what train.Config, eval.py and `data.py show` share."""
-    k: int = opt(1, "predictor tokens; 0: none", group="objective", needs="lam|reg_weight", low=0)
-    pred_first: bool = opt(False, "[PRED] in front of Text, pred is Text's last token (an ablation)",
-                           group="objective", needs="lam|reg_weight k")
-    reverse: bool = opt(False, "Code predicts Text (an ablation)", group="objective", needs="lam|reg_weight")
-    pool: Literal["last", "mean"] = opt("last", "which hidden states embed a view: its last token's, or all",
-                                        group="objective", needs="lam|reg_weight")
-    view_end: bool = opt(False, "the predicted view ends with the end token (an ablation)", group="objective",
-                         needs="lam|reg_weight")
+    k: int = of_views(1, "predictor tokens; 0: none", low=0)
+    pred_first: bool = of_views(False, "[PRED] in front of Text, pred is Text's last token (an ablation)",
+                                needs="lam|reg_weight k")
+    reverse: bool = of_views(False, "Code predicts Text (an ablation)")
+    pool: Literal["last", "mean"] = of_views("last", "which hidden states embed a view: its last token's, or "
+                                             "all")
+    view_end: bool = of_views(False, "the predicted view ends with the end token (an ablation)")
     ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code", needs="gamma",
                                          group="labels")
     train_eos: bool = opt(True, "is the end token a target? (off: the official labels, an ablation)",
@@ -56,6 +61,40 @@ class ViewOptions:
 
 
 DEFAULT_VIEWS = ViewOptions()
+
+
+@dataclass
+class RunOptions(ViewOptions):
+    """Which pairs, and how a model reads them: what train.Config and eval.py share."""
+    dataset: str = of_data("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file",
+                           identity="content")
+    data_dir: str = of_data("data", "where the published files are", identity="nothing",
+                            needs="dataset!=*.jsonl")
+    test_file: str = of_data("", "the test split of a dataset of your own", identity="nothing",
+                             needs="dataset=*.jsonl eval_split=test")
+    scorer: Literal[("", *SCORERS)] = of_data("", "of a dataset of your own, beside exact match",
+                                              needs="dataset=*.jsonl")
+    databases: str = of_data("", "of --scorer sql: folder of DB_ID/DB_ID.sqlite", identity="nothing",
+                             needs="scorer=sql")
+    n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
+    n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
+    eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
+    on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
+    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by tokens; template: the folder's",
+                                       needs="init_from")
+    backend: Literal[BACKENDS] = opt("auto", "whose model code; auto: transformers' where model_type is not "
+                                     "llama", group="model", needs="init_from")
+    predictor: Literal["tokens", "linear", "mlp"] = of_views("tokens", "[PRED] alone, or a head as well")
+    layer: int = of_views(-1, "embed views after this block; -1: after the final norm", low=-1)
+
+
+def load(o: RunOptions) -> Dataset:
+    """The pairs of a run; prints where they come from. BadInput if they are not here, or their databases."""
+    data = load_dataset(o.dataset, o.data_dir, o.test_file, o.n_train, o.eval_split, o.n_test, o.scorer,
+                        o.databases)
+    announce(data)
+    check_databases(data)
+    return data
 
 
 class Views(NamedTuple):

@@ -26,7 +26,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import DEFAULT_VIEWS, ViewOptions, collate_three, fit, fit_splits, pad, render_prompt, render_views
+from data import DEFAULT_VIEWS, RunOptions, ViewOptions, collate_three, fit, fit_splits, load, pad
+from data import render_prompt, render_views
 from jepa_loss import encode, gather, ntp
 from model import Predictor, Transformer
 from support.distributed import DEVICES, pick_device
@@ -47,8 +48,8 @@ from support.runs import read_run, run_summary
 from support.settings import fill, opt, parse_options
 from support.tables import table, to_hex
 from support.tokenizer import FORMATS, Tokenizer
-from tasks.datasets import Dataset, Example, announce, load_dataset
-from tasks.scorers import SCORERS, check_databases, scorer_of
+from tasks.datasets import Dataset, Example
+from tasks.scorers import SCORERS, scorer_of
 
 # ---- answers and what they are worth -----------------------------------------------------------------------
 
@@ -228,12 +229,6 @@ class EvalOptions:
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
 
 
-def view_options(run: dict) -> ViewOptions:
-    """Those of a run.json, of which an older one may lack some; of a model that is no run: none predicts."""
-    settings = run["config"] if run else {"k": 0}
-    return ViewOptions(**{f.name: settings.get(f.name, f.default) for f in fields(ViewOptions)})
-
-
 def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False):
     """Model, in float32, and tokenizer of a folder: model.Transformer, or any model of transformers. BadInput
     if it is a run that is not finished."""
@@ -246,34 +241,33 @@ def read_model(folder: str | Path, backend: str, format: str, trust_remote_code:
     return model, load_tokenizer(folder, model.config.vocab_size, format, backend)
 
 
-def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict]:
-    """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any."""
-    run = read_run(folder) if Path(folder, "run.json").exists() else {}
-    if not run and not o.dataset and o.prompt is None:
+def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict, RunOptions]:
+    """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any; and
+    the run's settings, of which an older one may lack some, or those of a model that predicts no view."""
+    run = read_run(folder) if Path(folder, "run.json").exists() else {"config": {"k": 0}}
+    if len(run) == 1 and not o.dataset and o.prompt is None:
         raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
-    settings = fill(ViewOptions, run.get("config", {}), {}, Path(folder, "run.json"))
-    backend = settings.get("backend", "auto") if o.backend == "auto" else o.backend
-    format = settings.get("format", "auto") if o.format == "auto" else o.format
-    model, tokenizer = read_model(folder, backend, format, o.trust_remote_code)
-    rows, k = 0 if model.pred_embedding is None else len(model.pred_embedding), view_options(run).k
-    if rows < k:
-        raise BadInput(f"{folder}/pred_embedding.safetensors: holds {rows} predictor tokens, the run has {k}")
-    if settings.get("predictor", "tokens") != "tokens" and model.predictor is None:
+    settings = fill(RunOptions, run["config"], {}, Path(folder, "run.json"))
+    c = RunOptions(**{f.name: settings[f.name] for f in fields(RunOptions)})
+    c.data_dir = o.data_dir or c.data_dir
+    model, tokenizer = read_model(folder, c.backend if o.backend == "auto" else o.backend,
+                                  c.format if o.format == "auto" else o.format, o.trust_remote_code)
+    rows = 0 if model.pred_embedding is None else len(model.pred_embedding)
+    if rows < c.k:
+        raise BadInput(f"{folder}/pred_embedding.safetensors: holds {rows} predictor tokens, the run has "
+                       f"{c.k}")
+    if c.predictor != "tokens" and model.predictor is None:
         raise BadInput(f"{folder}/predictor.safetensors: no such file, but the run has a learned predictor")
-    model.embed_layer = settings.get("layer", -1)
-    if model.embed_layer >= model.config.n_layers:
-        raise BadInput(f"{folder}/run.json: layer is {model.embed_layer}, which the model does not have")
-    return model.to(pick_device(o.device)).eval(), tokenizer, run
+    if c.layer >= model.config.n_layers:
+        raise BadInput(f"{folder}/run.json: layer is {c.layer}, which the model does not have")
+    model.embed_layer = c.layer
+    return model.to(pick_device(o.device)).eval(), tokenizer, run, c
 
 
-def load_run_data(folder: str | Path, run: dict, o: EvalOptions) -> tuple[Dataset, bool]:
+def load_run_data(folder: str | Path, run: dict, c: RunOptions, o: EvalOptions) -> tuple[Dataset, bool]:
     """The data of a run; are they the very files? If not, --other_data must be given."""
-    c = run["config"]
-    data = load_dataset(c["dataset"], o.data_dir or c["data_dir"], c["test_file"], c["n_train"],
-                        c["eval_split"], c["n_test"], c.get("scorer", ""), c.get("databases", ""))
+    data = load(c)
     same = list(data.files.values()) == list(run["files"].values())
-    announce(data)
-    check_databases(data)
     if not same and not o.other_data:
         raise BadInput(f"{folder}: trained on {run['source']} data, but {', '.join(data.files)} are other "
                        f"files ({data.source}); --other_data scores on them")
@@ -284,11 +278,10 @@ def score_run(folder: str | Path, o: EvalOptions) -> dict:
     """Score a run on its own test split, or, if the caller insists, on other data. The score that train.py
     gave is written to eval.json again, one on data of another source to eval_on_SOURCE.json, others nowhere.
     """
-    model, tokenizer, run = load_model(folder, o)
-    data, same = load_run_data(folder, run, o)
-    fit_splits(data, tokenizer, model.config.max_seq_len, run["config"]["on_long"], view_options(run))
-    limit = o.max_new_tokens or run["max_new_tokens"]
-    result, _ = evaluate(model, tokenizer, data, view_options(run), limit)
+    model, tokenizer, run, c = load_model(folder, o)
+    data, same = load_run_data(folder, run, c, o)
+    fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
+    result, _ = evaluate(model, tokenizer, data, c, o.max_new_tokens or run["max_new_tokens"])
     if not o.max_new_tokens and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
         result |= run_summary(Path(folder)) if same else {}
@@ -301,27 +294,24 @@ def score_model(folder: str | Path, o: EvalOptions) -> dict:
     and data_dir."""
     if o.dataset.endswith(".jsonl") and not o.test_file:
         raise BadInput("a dataset of your own needs --test_file")
-    model, tokenizer, run = load_model(folder, o)
-    data = load_dataset(o.dataset, o.data_dir or run.get("config", {}).get("data_dir", "data"), o.test_file,
-                        n_test=o.n_test, scorer=o.scorer, databases=o.databases,
-                        eval_split="valid" if o.dataset == "paraphrase" else "test")
-    announce(data)
-    check_databases(data)
-    data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, view_options(run))
+    model, tokenizer, _, c = load_model(folder, o)
+    data = load(replace(c, dataset=o.dataset, test_file=o.test_file, n_train=0, n_test=o.n_test,
+                        scorer=o.scorer, databases=o.databases,
+                        eval_split="valid" if o.dataset == "paraphrase" else "test"))
+    data.test, _ = fit(data.test, tokenizer, model.config.max_seq_len, o.on_long, c)
     limit = o.max_new_tokens or default_max_new_tokens(tokenizer, data.train)
-    return evaluate(model, tokenizer, data, view_options(run), limit)[0]
+    return evaluate(model, tokenizer, data, c, limit)[0]
 
 
 def embed_run(folder: str | Path, o: EvalOptions) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Enc(Text), Pred(Enc(Text)), Enc(Code) of a run's test split, each (N, C), and the last one's texts."""
-    model, tokenizer, run = load_model(folder, o)
-    data, _ = load_run_data(folder, run, o)
-    views = view_options(run)
-    fit_splits(data, tokenizer, model.config.max_seq_len, run["config"]["on_long"], views)
+    model, tokenizer, run, c = load_model(folder, o)
+    data, _ = load_run_data(folder, run, c, o)
+    fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
     test = list(data.test)
-    pred, enc = embed_pairs(model, tokenizer, test, views)
-    text, _ = embed_pairs(model, tokenizer, test, ViewOptions(k=0, reverse=views.reverse))
-    return text, pred, enc, view_targets(test, views.reverse)
+    pred, enc = embed_pairs(model, tokenizer, test, c)
+    text, _ = embed_pairs(model, tokenizer, test, ViewOptions(k=0, reverse=c.reverse))
+    return text, pred, enc, view_targets(test, c.reverse)
 
 
 def show_embeddings(folder: str | Path, o: EvalOptions) -> dict:
@@ -336,7 +326,7 @@ def answer_prompt(folder: str | Path, o: EvalOptions) -> str:
     """The answer of one model; a run's own limit, format and instruction are its defaults."""
     if not o.prompt:
         raise BadInput("--prompt is empty")
-    model, tokenizer, run = load_model(folder, o)
+    model, tokenizer, run, _ = load_model(folder, o)
     if o.system is not None and not ("system" in tokenizer.format.opening or tokenizer.format.system_in_user):
         raise BadInput(f"--system: no effect with {folder}, whose format has no system turn")
     example = Example(o.prompt, "", system=run.get("system", "") if o.system is None else o.system)

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Sampler, ViewOptions, fit_splits, micro_batches, own_tokenizer, render_views
+from data import RunOptions, Sampler, fit_splits, load, micro_batches, of_data, of_views, own_tokenizer
+from data import render_views
 from eval import default_max_new_tokens, evaluate, read_model
 from jepa_loss import DISTANCES, REGULARISERS, Terms, dense_mask, flex_mask, fused, stop_gradient
 from jepa_loss import three_pass, total_loss
@@ -40,52 +41,31 @@ from support import distributed
 from support.checkpoint import add_end_token
 from support.distributed import DEVICES, device_available, pick_device
 from support.files import BadInput, interrupts, main_guard, printable, sha256, write_text
-from support.hf import BACKENDS
 from support.lora import add_lora, merge_lora
 from support.runs import Run, git_commit, read_run, read_score, run_summary, trainable
 from support.settings import fill, opt, parse, problems, raise_problems, run_name
 from support.speed import forward_dtype, largest_shape, prefetch, set_precision
 from support.tables import brief, table
-from support.tokenizer import CARRIED, FORMATS, Tokenizer
-from tasks.datasets import PUBLISHED, Dataset, Example, announce, load_dataset
-from tasks.scorers import SCORERS, check_databases
+from support.tokenizer import CARRIED, Tokenizer
+from tasks.datasets import Dataset, Example
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
-of_data, of_model = partial(opt, group="data"), partial(opt, group="model")
+of_model = partial(opt, group="model")
 of_shape = partial(of_model, low=0, needs="!init_from")
 of_loss, of_optim = partial(opt, group="objective"), partial(opt, group="optimization")
-of_views = partial(of_loss, needs="lam|reg_weight")
 of_run, neutral = partial(opt, group="the run"), partial(opt, group="the run", identity="nothing")
 
 
 @dataclass
-class Config(ViewOptions):
+class Config(RunOptions):
     """Every setting of a run: `--name value` on the command line, and an entry of run.json.
 
         loss = gamma * L_LLM + lam * d(Pred(Enc(Text)), Enc(Code)) + reg_weight * r + stp * s
     """
-    dataset: str = of_data("nlrx_synth", f"{', '.join(PUBLISHED)}, or the path of a .jsonl file",
-                           identity="content")
-    data_dir: str = of_data("data", "where the published files are", identity="nothing",
-                            needs="dataset!=*.jsonl")
-    test_file: str = of_data("", "the test split of a dataset of your own", identity="nothing",
-                             needs="dataset=*.jsonl eval_split=test")
-    scorer: Literal[("", *SCORERS)] = of_data("", "of a dataset of your own, beside exact match",
-                                              needs="dataset=*.jsonl")
-    databases: str = of_data("", "of --scorer sql: folder of DB_ID/DB_ID.sqlite", identity="nothing",
-                             needs="scorer=sql")
-    n_train: int = of_data(0, "train on the first N examples; 0: all", low=0)
-    n_test: int = of_data(0, "score on the first N examples; 0: all", low=0)
-    eval_split: Literal["test", "valid"] = of_data("test", "valid: the last tenth of train, held out")
-    on_long: Literal["error", "drop"] = of_data("error", "what an example longer than the context is")
     vocab_size: int = of_data(512, "at most so many BPE tokens, of train", low=256, needs="!init_from")
-    format: Literal[FORMATS] = of_data("auto", "of conversations; auto: by tokens; template: the folder's",
-                                       needs="init_from")
 
     init_from: str = of_model("", "begin with a run, or a Hugging Face folder", identity="content")
-    backend: Literal[BACKENDS] = of_model("auto", "whose model code; auto: transformers' where model_type is "
-                                          "not llama", needs="init_from")
     trust_remote_code: bool = of_model(False, "run the Python files of the folder", needs="init_from")
     lora_rank: int = of_model(0, "train adapters of this rank; 0: the weights", low=0, needs="init_from")
     lora_dropout: float = of_model(0.1, "in front of the adapters", low=0, below=1, needs="lora_rank")
@@ -107,8 +87,6 @@ class Config(ViewOptions):
     lam_warmup: float = of_loss(0.0, "share of the run in which lam rises", low=0, below=1, needs="lam")
     reg_weight: float = of_loss(0.0, "weight of a regulariser of both embeddings; 0: without", low=0)
     reg: Literal[tuple(REGULARISERS)] = of_loss("vicreg", "which one", needs="reg_weight")
-    predictor: Literal["tokens", "linear", "mlp"] = of_views("tokens", "[PRED] alone, or a head as well")
-    layer: int = of_views(-1, "embed views after this block; -1: after the final norm", low=-1)
     alpha: float = of_views(0.0, "loss dropout: the share of examples without views", low=0, below=1)
     passes: Literal["fused", "three"] = of_views("fused", "one masked pass, or three: the same losses")
     stp: float = of_loss(0.0, "weight of Semantic Tube Prediction; 0: without", low=0)
@@ -476,10 +454,7 @@ def train(c: Config) -> dict:
     c = checked(c)
     device, folder = distributed.join(pick_device(c.device)), Path(c.out)
     with distributed.zero_first():
-        data = load_dataset(c.dataset, c.data_dir, c.test_file, c.n_train, c.eval_split, c.n_test,
-                            c.scorer, c.databases)
-        announce(data)
-        check_databases(data)
+        data = load(c)
         model, tokenizer = make_model(c, data)
         lengths = fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
         limit = c.max_new_tokens or default_max_new_tokens(tokenizer, data.train)

@@ -22,15 +22,9 @@ try:
 except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
-# What scoring a run needs of run.json, and of its config
+# What a run.json holds, whatever else is in it
 RECORDED = {"config": dict, "files": dict, "init": dict, "source": str, "dtype": str, "system": str,
             "max_new_tokens": int}
-SCORED_WITH = {"dataset": str, "data_dir": str, "test_file": str, "eval_split": str, "on_long": str,
-               "n_train": int, "n_test": int, "scorer": str, "databases": str, "backend": str, "format": str,
-               "predictor": str, "layer": int}
-OLDER_LACK = {"scorer": "", "databases": "", "backend": "auto", "format": "auto", "predictor": "tokens",
-              "layer": -1}
-LEAST = {"max_new_tokens": 1, "layer": -1}  # of other numbers: 0
 
 
 def git_commit() -> str | None:
@@ -47,13 +41,11 @@ def read_run(folder: str | Path) -> dict:
     """What run.json holds; BadInput if it is another program's."""
     path = Path(folder) / "run.json"
     run = read_json(path)
-    config = run.get("config")
-    for names, entries in ((RECORDED, run), (SCORED_WITH, isinstance(config, dict) and OLDER_LACK | config)):
-        for name, kind in names.items():
-            value = entries.get(name) if entries else None
-            if type(value) is not kind or kind is int and not LEAST.get(name, 0) <= value < 2**63:
-                raise BadInput(f"{path}: damaged, or not written by this program's train.py: its {name} is "
-                               f"{value!r:.60}")
+    for name, kind in RECORDED.items():
+        value = run.get(name)
+        if type(value) is not kind or kind is int and not 1 <= value < 2**63:
+            raise BadInput(f"{path}: damaged, or not written by this program's train.py: its {name} is "
+                           f"{value!r:.60}")
     return run
 
 

@@ -241,9 +241,11 @@ def test_folders_that_are_no_finished_run(finished_run):
         (finished_run / gone).unlink()
         with pytest.raises(BadInput, match=message):
             eval.score_run(finished_run, EvalOptions())
-    for record in ({"config": {}}, run | {"config": {}}, run | {"config": run["config"] | {"n_train": "1"}}):
+    text_for_number = run | {"config": run["config"] | {"n_train": "1"}}
+    for record, message in (({"config": {}}, "damaged, or not written by this program"),
+                            (text_for_number, "n_train is '1', which this setting cannot be")):
         (finished_run / "run.json").write_text(json.dumps(record))
-        with pytest.raises(BadInput, match="run.json: damaged, or not written by this program"):
+        with pytest.raises(BadInput, match=f"run.json: {message}"):
             eval.score_run(finished_run, EvalOptions())
 
 

@@ -385,7 +385,7 @@ def test_a_whole_run(kind, flags, start, tmp_path, capsys):
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run).eval()
-    ours, tokenizer, _ = eval.load_model(run, eval.EvalOptions(device="cpu"))
+    ours, tokenizer, *_ = eval.load_model(run, eval.EvalOptions(device="cpu"))
     ids = torch.tensor([render_views(Example("number 7", "7", system="Count."), tokenizer).main])
     with torch.no_grad():
         torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)

@@ -163,7 +163,7 @@ def test_a_moving_average_resumes_bit_for_bit(small_run, tmp_path, monkeypatch):
     c = train.parse_config([*argv, "--out", str(tmp_path / "whole")])
     train.train(c)
     state = weights_of(tmp_path / "whole")
-    data = train.load_dataset(c.dataset, c.data_dir, c.test_file)
+    data = train.load(c)
     average = [weight.detach().clone() for weight in train.make_model(c, data)[0].parameters()]
     for weights in updates:
         average = [0.9 * old + 0.1 * new for old, new in zip(average, weights, strict=True)]

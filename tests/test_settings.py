@@ -148,7 +148,7 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize("flags", CONTRADICTIONS)
 def test_python_callers_are_refused_what_the_program_refuses(flags, tmp_path, monkeypatch):
     """With the same words, and before any work: nothing is read or written."""
-    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("taken"))
     config, _ = parse(train.Config, flags.split(), tuned=("init_from", train.FINE_TUNING))
     config.out = str(tmp_path / "run")
     messages = []
