@@ -44,7 +44,7 @@ from support.files import BadInput, interrupts, main_guard, printable, sha256, w
 from support.lora import add_lora, merge_lora
 from support.runs import Run, git_commit, read_run, read_score, run_summary, trainable
 from support.settings import fill, opt, parse, problems, raise_problems, run_name
-from support.speed import forward_dtype, largest_shape, prefetch, set_precision
+from support.speed import forward_dtype, largest_shape, prefetch
 from support.tables import brief, table
 from support.tokenizer import CARRIED, Tokenizer
 from tasks.datasets import Dataset, Example
@@ -105,9 +105,8 @@ class Config(RunOptions):
     clip: float = of_optim(1.0, "largest norm of the gradient", above=0)
 
     seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
-    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float64"] = of_run(
-        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is native; "
-                "tf32: products of 10 bits, on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = of_run(
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is native")
     row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one a row", low=0,
                           needs="passes=fused")
     max_new_tokens: int = of_run(0, "longest answer; 0: 1.5 times the longest of train", low=0,
@@ -164,7 +163,6 @@ def contradictions(c: Config) -> list[str]:
         "process": whole_batch and (
             c.micro_batch or c.alpha or c.batch_size == 1 or distributed.world > 1 or c.fixed_shapes),
         "--fixed_shapes needs --pool last": bool(c.fixed_shapes) and c.pool == "mean",
-        "--dtype tf32 needs CUDA": c.dtype == "tf32" and not on_cuda,
         "--attention flex needs CUDA and --compile: it has no backward elsewhere":
             c.attention == "flex" and (not on_cuda or c.compile is False),
         "a dataset of your own needs --test_file or --eval_split valid":
@@ -325,7 +323,6 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
 def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, data: Dataset,
            limit: int) -> dict:
     """Write the model, adapters merged, and its score on the whole test split; print five answers."""
-    set_precision("float32")
     merge_lora(model)
     model.save_pretrained(folder)
     tokenizer.save(folder)
@@ -381,7 +378,6 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
     dtype = run.record["dtype"]
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     model.grad_checkpointing = c.grad_checkpointing
-    set_precision(dtype)
     views = lru_cache(maxsize=10_000)(lambda i: render_views(data.train[i], tokenizer, c))
     sampler = Sampler(lengths, c.batch_size, c.seed)
     an_epoch = sampler.steps_per_epoch

@@ -29,7 +29,7 @@ from support.distributed import DEVICES, pick_device
 from support.files import main_guard, write_text
 from support.generation import generate, generate_slow
 from support.settings import opt, parse_options
-from support.speed import Sampler, forward_dtype, prefetch, set_precision
+from support.speed import Sampler, forward_dtype, prefetch
 from support.tables import markdown
 from support.tokenizer import Tokenizer
 from tasks.datasets import load_dataset
@@ -46,7 +46,7 @@ class BenchOptions:
     dataset: str = opt("nlrx_synth", "as of train.py")
     data_dir: str = opt("data", "where the published files are")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
-    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = opt("auto", "as of train.py")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "as of train.py")
     compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
     batch_size: int = opt(32, "examples per step", low=1)
     row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row", low=0)
@@ -114,13 +114,11 @@ def measure(o: BenchOptions) -> dict:
         step_terms, make = compile_step(variant, model, None, dtype, make, n_steps)
         run_block[name] = partial(one_block, variant, model, optimizer, step_terms, make)
 
-    set_precision(dtype)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
     peaks = dict.fromkeys(("float32", dtype) if dtype == "bfloat16" else (dtype,), 0.0)
     done, memory = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS)
     for first in range(0, n_steps, o.steps):
         for name, rate in peaks.items():
-            peaks[name] = max(rate, peak(device, dtypes[name]))
+            peaks[name] = max(rate, peak(device, getattr(torch, name)))
         for name in VARIANTS:
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats()

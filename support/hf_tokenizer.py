@@ -20,7 +20,7 @@ class LibraryTokenizer:
         folder = Path(folder)
         tokenizers = library("tokenizers", f"{folder}: its tokenizer")
         if not (folder / "tokenizer.json").exists():
-            raise BadInput(f"{folder / 'tokenizer.json'}: no such file; tokenizer.model alone is not read")
+            raise BadInput(f"{folder / 'tokenizer.json'}: no such file; a tokenizer.model alone is not read")
         self.files = carried_files(folder)
         try:
             self.library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -25,11 +25,6 @@ def forward_dtype(name: str, device: torch.device) -> str:
     return name if name != "auto" else "bfloat16" if native else "float32"
 
 
-def set_precision(dtype: str) -> None:
-    """Whether float32 products may be rounded; scores never come from such ones."""
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-
-
 class Sampler:
     """The examples of every step, fixed by (seed, step): each epoch is shuffled anew, cut into pools of 16
     batches, each pool sorted by length so that a batch pads little, and the batches of the epoch shuffled."""

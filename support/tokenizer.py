@@ -1,11 +1,9 @@
 """Text to token ids and back: byte-level BPE (arXiv 1508.07909), encoded by tiktoken.
 
-A vocabulary is our own (bpe.py) or a checkpoint's: Llama-3's tokenizer.model, or a byte-level
-tokenizer.json that cuts text like GPT-2, Llama-3, SmolLM2 or Qwen2; any other is refused. Only a Format
-writes special tokens. In a user's text "<|end|>" is seven characters.
+A vocabulary is our own (bpe.py) or a checkpoint's: a byte-level tokenizer.json that cuts text like GPT-2,
+Llama-3, SmolLM2 or Qwen2; any other is refused. Only a Format writes special tokens. In a user's text
+"<|end|>" is seven characters.
 """
-import base64
-import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ import tiktoken
 
 from support.bpe import PATTERN, train_bpe  # noqa: F401  train_bpe: both can be imported from here
 from support.chat import cut_template
-from support.files import BadInput, atomic, printable, read_json, refuse_other_kinds, regular
+from support.files import BadInput, atomic, printable, read_json, regular
 
 # ---- the vocabulary of a checkpoint ------------------------------------------------------------------------
 
@@ -30,40 +28,9 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-COVERING = {GPT2, LLAMA3, QWEN2, SMOLLM2, PATTERN}  # they leave out nothing of any text
-
 # tiktoken merges a piece, and apply_merges a token, in a time that grows with the square of its bytes: bounds
-# of the sum of the squares. Of a text, for a tenth of a second: a word of 31,000 bytes. Of a vocabulary,
-# twice what the largest known should have.
-MAX_OF_TEXT, MAX_OF_MERGES, MAX_OF_RANKS = 10**9, 3 * 10**7, 10**9
-MAX_PATTERN = 10_000  # characters
-
-LLAMA3_SPECIAL = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
-
-
-def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """The ranks in a file of tiktoken's format. (tiktoken's own loader would cache the file by its path.)"""
-    refuse_other_kinds(path)
-    ranks, content = {}, regular(path, 8 << 20).read_bytes().removeprefix(codecs.BOM_UTF8)
-    if content[:1] == b"\n" or b"<unk>" in content[:64]:
-        raise BadInput(f"{path}: a sentencepiece tokenizer; only byte-level BPE is read here")
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            token, i = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(i)
-        except ValueError:
-            raise BadInput(f"{path}:{number}: expected `base64-token rank`") from None
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise BadInput(f"{path}: the vocabulary lacks the bytes {missing[:8]}; it is not byte-level")
-    if sum(len(token)**2 for token in ranks) > MAX_OF_RANKS:
-        raise BadInput(f"{path}: its tokens are too long")
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise BadInput(f"{path}: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
-    return ranks
+# of the sum of the squares. Of a text, for a tenth of a second: a word of 31,000 bytes.
+MAX_OF_TEXT, MAX_OF_MERGES = 10**9, 3 * 10**7
 
 
 def byte_letters() -> dict[str, int]:
@@ -278,7 +245,7 @@ def note_on_template(folder: Path, name: str) -> None:
 # ---- both together -----------------------------------------------------------------------------------------
 
 # files of a checkpoint that belong to its tokenizer; a run's folder gets them unchanged
-CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 
 
@@ -323,23 +290,21 @@ class Tokenizer:
                            f"{self.vocab_size - 1}; is it another model's?")
         # tiktoken panics at a byte that is no token, so such a byte gets an id beyond V, which encode refuses
         self.missing = {self.vocab_size + i: bytes([i]) for i in range(256) if bytes([i]) not in ranks}
-        if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
-            raise BadInput(f"the tokenizer's pattern is no text of at most {MAX_PATTERN:,} characters")
-        try:
-            self.encoding = tiktoken.Encoding(
-                "llm-jepa", pat_str=pattern, special_tokens={},
-                mergeable_ranks=ranks | {byte: i for i, byte in self.missing.items()})
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadInput(f"the tokenizer's pattern {pattern!r:.200} is no regex ({error})") from None
+        self.encoding = tiktoken.Encoding(
+            "llm-jepa", pat_str=pattern, special_tokens={},
+            mergeable_ranks=ranks | {byte: i for i, byte in self.missing.items()})
         self.format = format(self) if callable(format) else make_format(format, special, self.encode)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks, a word
-        that takes too long, or what the pattern leaves out."""
+        """Ids of the text, none of them special. BadInput if it has a byte that the vocabulary lacks, or a
+        word that takes too long."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         if 16 * len(text)**2 > MAX_OF_TEXT:  # a letter takes 4 bytes at most
-            self.refuse_long_words(text)
+            words = regex.findall(self.pattern, text)
+            if sum(len(word.encode("utf-8", errors="replace"))**2 for word in words) > MAX_OF_TEXT:
+                raise BadInput(f"{text[:30]!r}... ({len(text)} characters): has words so long that they "
+                               "would take minutes; put blanks into them, or leave the text out")
         try:
             ids = self.encoding.encode_ordinary(text)
         except BaseException as error:  # tiktoken's regex panics at a million blanks
@@ -349,22 +314,7 @@ class Tokenizer:
         if self.missing and not self.missing.keys().isdisjoint(ids):
             byte, = next(self.missing[i] for i in ids if i in self.missing)
             raise BadInput(f"{text[:30]!r}... has the byte {byte:#04x}, which the vocabulary lacks")
-        if self.pattern not in COVERING:  # of a stranger; "replace" writes what is no text in fewer bytes
-            if len(self.encoding.decode_bytes(ids)) < len(text.encode("utf-8", errors="replace")):
-                raise BadInput(f"{text[:30]!r}... has what the tokenizer's pattern leaves out")
         return ids
-
-    def refuse_long_words(self, text: str) -> None:
-        seconds = None if self.pattern in COVERING else 1
-        try:
-            pieces = (found[0] for found in regex.finditer(self.pattern, text, timeout=seconds))
-            squares = sum(len(piece.encode("utf-8", errors="replace"))**2 for piece in pieces)
-        except (TimeoutError, regex.error) as error:
-            raise BadInput(f"{text[:30]!r}... ({len(text)} characters): the tokenizer's pattern cannot "
-                           f"cut it ({error})") from None
-        if squares > MAX_OF_TEXT:
-            raise BadInput(f"{text[:30]!r}... ({len(text)} characters): has words so long that they would "
-                           "take minutes; put blanks into them, or leave the text out")
 
     def decode(self, ids: list[int]) -> str:
         """The text; U+FFFD where it is not UTF-8, and for an id of the model that is no token."""
@@ -378,15 +328,13 @@ class Tokenizer:
         return name if name.isprintable() else repr(name)[1:-1]
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint's files, or tokenizer.model in tiktoken's format, the pattern, and the same
-        again for transformers: tokenizer.json and a chat template. (There, "<|end|>" in a text is the special
-        token.)"""
-        lines = (f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
-        config = {"pattern": self.pattern, "tokenizer_class": "PreTrainedTokenizerFast",
+        """Write the checkpoint's files, or what transformers reads, too: tokenizer.json and a chat template.
+        (There, "<|end|>" in a text is the special token.)"""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>",
                   "clean_up_tokenization_spaces": False, "chat_template": PLAIN_IN_JINJA}
         theirs = write_tokenizer_json(self.ranks, self.pattern, self.special)
-        own = {"tokenizer.model": "".join(lines).encode(), "tokenizer.json": json.dumps(theirs).encode(),
+        own = {"tokenizer.json": json.dumps(theirs).encode(),
                "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
         for name, content in (own if self.files is None else self.files).items():
             with atomic(Path(folder) / name) as temporary:
@@ -397,20 +345,13 @@ class Tokenizer:
         """The tokenizer of a run of ours or of a checkpoint; BadInput names the file, and the line."""
         folder = Path(folder)
         files = carried_files(folder)
-        config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
-        if "tokenizer.json" in files:
-            options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}
-        elif "tokenizer.model" not in files:
-            raise BadInput(f"{folder / 'tokenizer.json'}: no such file, and no tokenizer.model either")
-        elif "pattern" in config:  # a vocabulary of our own
-            options = {"ranks": read_tiktoken(folder / "tokenizer.model"), "pattern": config["pattern"]}
-        else:
-            ranks = read_tiktoken(folder / "tokenizer.model")
-            special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
-            options = {"ranks": ranks, "pattern": LLAMA3, "special": special, "files": files}
+        if "tokenizer.json" not in files:
+            raise BadInput(f"{folder / 'tokenizer.json'}: no such file; transformers writes one: "
+                           "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        options = {**read_tokenizer_json(folder / "tokenizer.json"), "files": files}
 
         def own_template(self: "Tokenizer") -> Format:
-            special = options.get("special") or {}
+            special = options["special"]
             marks = f"({'|'.join(map(regex.escape, special))})" if special else "(?!)"
             return template_format(folder, lambda text: [
                 i for part in regex.split(marks, text) if part
@@ -421,6 +362,6 @@ class Tokenizer:
                        format=own_template if format == "template" else format)
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
-        if format != "template" and "pattern" not in config:  # a vocabulary of our own is written in plain
+        if made.format.name not in ("template", "plain"):  # our own runs are written in plain
             note_on_template(folder, made.format.name)
         return made

@@ -314,38 +314,21 @@ SPIDER_URL = f"https://media.githubusercontent.com/media/galilai-group/llm-jepa/
 SPIDER_ZIP = ("spider_data.zip", "00636695dabed6b5f4b8328a16b13e069a2f16591d5efcce57660669c85b121b")  # sha256
 
 
-def request_rest(url: str, file, bar: tqdm) -> str:
-    """Append to `file` what it lacks of the file at `url`. Returns what went wrong, "" if it is complete."""
-    done = file.tell()
-    try:
-        headers = {"Range": f"bytes={done}-"} if done else {}
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-            if done and reply.status != 206:  # this server sends whole files only
-                done = file.seek(0)
-                file.truncate()
-            length = int(reply.headers.get("Content-Length") or 0)
-            bar.total = done + length if length else None
-            while chunk := reply.read(1 << 16):
-                done += file.write(chunk)
-                bar.update(done - bar.n)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-        return str(error) or type(error).__name__
-    return f"cut off after {done} of {bar.total} bytes" if bar.total and done < bar.total else ""
-
-
 def fetch(url: str, path: Path, digest: Callable[[Path], str], wanted: str) -> None:
     """Download a file, unless it is here, whole and checked or not at all: BadInput if digest(file) is not
-    the one wanted. A broken connection is resumed as long as every attempt gets further than the last."""
+    the one wanted."""
     if path.exists() and digest(path) == wanted:
         print(f"{path}: already here")
         return
-    furthest = -1
     with atomic(path) as temporary:
-        with open(temporary, "wb") as file, tqdm(unit="B", unit_scale=True, desc=path.name) as bar:
-            while problem := request_rest(url, file, bar):
-                if file.tell() <= furthest:
-                    raise BadInput(f"{url}: {problem}; nothing was written, try again")
-                furthest = file.tell()
+        try:
+            with (urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file,
+                  tqdm(total=int(reply.headers.get("Content-Length") or 0) or None, unit="B",
+                       unit_scale=True, desc=path.name) as bar):
+                while chunk := reply.read(1 << 16):
+                    bar.update(file.write(chunk))
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise BadInput(f"{url}: {error}; nothing was written, try again") from None
         if digest(temporary) != wanted:
             raise BadInput(f"{url}: {temporary.stat().st_size} bytes that are not the published file; "
                            "nothing was written, try again")

@@ -315,7 +315,6 @@ def test_a_harmed_finished_run(three_runs, tmp_path, name, readers, harm):
     folder, command = three_runs
     run = tmp_path / "run"
     shutil.copytree(folder / "a", run)
-    (run / "tokenizer.model").unlink()  # which would take the place of a tokenizer.json that is deleted
     HARM[harm](run / name, folder)
     if harm == "deleted":  # without run.json it is a model folder; a new [PRED] may be trained on it
         readers = {"run.json": "train score", "eval.json": "",
@@ -424,7 +423,7 @@ def test_no_link_is_followed_to_a_file_of_the_user(three_runs, tmp_path, monkeyp
     run, victim = tmp_path / "run", tmp_path / "victim"
     run.mkdir()
     victim.write_text("mine")
-    for name in ("run.json", "state.pt", "eval.json", "config.json", "model.safetensors", "tokenizer.model"):
+    for name in ("run.json", "state.pt", "eval.json", "config.json", "model.safetensors", "tokenizer.json"):
         (run / f"{name}.tmp").symlink_to(victim)
     go(command, "--out", run)
     assert victim.read_text() == "mine" and not temporary(run)

@@ -134,7 +134,7 @@ def test_from_a_run_to_another_task(talks, tmp_path):
         go([*first, "--lr", "1e-9", "--max_steps", "1", *flags], "--out", out, "--init_from", first_run)
         ended, run = weights(out), json.loads((out / "run.json").read_text())
         assert run["init_run"].startswith("train-k2-") and "dim16" in run["init_run"]
-        assert (tmp_path / "first" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
+        assert (tmp_path / "first" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
         assert len(ended.get("pred_embedding", ())) == k
         for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):
             torch.testing.assert_close(ended[name], begun[name], atol=1e-6, rtol=0)

@@ -117,7 +117,6 @@ def write_tokenizer_json(folder):
     tokenizer.train_from_iterator(["lines with a dog"] * 3, trainers.BpeTrainer(
         vocab_size=270, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    (folder / "tokenizer.model").unlink()
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -153,7 +152,7 @@ FILES = {"x.jsonl": read_examples, "run.json": summarize_and_begin_with_it, "met
          "state.pt": resume, "eval.json": lambda folder: comparison({"a": read_result(folder)}),
          **dict.fromkeys(("config.json", "model.safetensors", "model.safetensors.index.json",
                           "predictor.safetensors", "pred_embedding.safetensors"), load),
-         **dict.fromkeys(("tokenizer.model", "tokenizer.json"), tokens)}
+         "tokenizer.json": tokens}
 
 
 def resident() -> int:
@@ -188,8 +187,6 @@ def test_files(name, n, run_folder, monkeypatch):
     if name == "tokenizer.json":
         pytest.importorskip("tokenizers")
         write_tokenizer_json(run_folder)
-    if name == "tokenizer.model":  # it is read where there is no tokenizer.json, as in older runs
-        (run_folder / "tokenizer.json").unlink()
     if name == "model.safetensors.index.json":
         index = dict.fromkeys(train.trainable(Transformer.from_pretrained(run_folder)), "one.safetensors")
         (run_folder / "model.safetensors").rename(run_folder / "one.safetensors")

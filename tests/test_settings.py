@@ -137,7 +137,7 @@ CONTRADICTIONS = [
     "--gamma 0 --no-train_eos", "--gamma 0 --ntp_on code", "--k 0 --pred_first", "--temperature 0.1",
     "--distance infonce --micro_batch 4", "--distance infonce --batch_size 1 --alpha 0.5",
     "--distance infonce --fixed_shapes --row_len 9", "--fixed_shapes", "--passes three --row_len 9",
-    "--lam 0 --attention dense", "--device cpu --attention flex", "--device cpu --dtype tf32",
+    "--lam 0 --attention dense", "--device cpu --attention flex",
     "--dataset x.jsonl", "--dataset x.jsonl --data_dir y", "--test_file x.jsonl",
     "--dataset x.jsonl --eval_split valid --test_file y", "--dataset paraphrase",
     "--dataset paraphrase --eval_split valid --max_new_tokens 5", "--batch_size 4 --micro_batch 8",

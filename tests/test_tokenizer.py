@@ -1,5 +1,4 @@
 """tokenizer.py: vocabularies of checkpoints against `tokenizers`, formats against literals."""
-import base64
 import json
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from data import ViewOptions, fit, render_prompt, render_views
 from model import ModelConfig, Transformer
 from support.files import BadInput
-from support.tokenizer import FORMAT_TOKENS, GPT2, LLAMA3, Tokenizer, train_bpe
+from support.tokenizer import FORMAT_TOKENS, GPT2, Tokenizer, train_bpe
 from tasks.datasets import Example, load_dataset, read_jsonl
 
 # ---- a vocabulary of our own -------------------------------------------------------------------------------
@@ -26,21 +25,10 @@ def test_special_tokens_in_text_are_text(tokenizer):
     assert tokenizer.format.end not in ids and tokenizer.decode(ids) == "a<|end|>"
 
 
-def test_save_load_and_damage(tokenizer, tmp_path):
+def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert again.ranks == tokenizer.ranks and again.encode(PAIRS[1][0]) == tokenizer.encode(PAIRS[1][0])
-    import tiktoken.load  # their loader reads our file
-    path = tmp_path / "tokenizer.model"
-    assert tiktoken.load.load_tiktoken_bpe(str(path)) == tokenizer.ranks
-    (tmp_path / "tokenizer.json").unlink()  # or tokenizer.model is not read
-    lines = path.read_text().splitlines(keepends=True)
-    for broken, match in ((lines[:-1] + ["x"], f"{path.name}:{len(lines)}: expected"),
-                          (lines[5:], r"lacks the bytes \[0, 1"),
-                          (lines[:-2] + lines[-1:], "ranks are not 0 to")):
-        path.write_text("".join(broken))
-        with pytest.raises(BadInput, match=match):
-            Tokenizer.load(tmp_path)
 
 
 # ---- vocabularies of checkpoints ---------------------------------------------------------------------------
@@ -85,62 +73,6 @@ def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path):
         tokenizer.encode("x\x04y")
 
 
-def test_llama_3_tokenizer_model(tmp_path, tokenizer):
-    """tiktoken's format with no settings of ours beside it; 256 special tokens follow the ranks."""
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tokenizer.ranks.items()]
-    (tmp_path / "tokenizer.model").write_text("".join(lines))
-    loaded, n = Tokenizer.load(tmp_path), len(lines)
-    assert loaded.vocab_size == n + 256 and loaded.format.name == "llama3" and loaded.pattern == LLAMA3
-    # the ids that Llama 3 gives them, counted from 128000
-    for token, at in (("<|begin_of_text|>", 0), ("<|end_of_text|>", 1), ("<|start_header_id|>", 6),
-                      ("<|end_header_id|>", 7), ("<|eom_id|>", 8), ("<|eot_id|>", 9), ("<|python_tag|>", 10),
-                      ("<|reserved_special_token_247|>", 255)):
-        assert loaded.name(n + at) == token
-    loaded.save(tmp_path)
-    assert Tokenizer.load(tmp_path).ranks == loaded.ranks
-
-
-SENTENCEPIECE = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
-                                                     {"type": "Replace", "content": ""}]}
-CHAIN = {"qz": 5000, "zj": 5001, "qzj": 5002}  # merged as q z, then qz j; but the file has q zj
-
-
-@pytest.mark.parametrize("changes,of_model,match", [
-    ({"model": 3}, {}, "not understood"),
-    ({"normalizer": SENTENCEPIECE}, {}, r"normalizer is Prepend \+ Replace \(a sentencepiece"),
-    ({"pre_tokenizer": None}, {}, "pre_tokenizer is null"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, {}, 'pre_tokenizer is {"type": "Whitespace"}'),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {}, "pre_tokenizer is"),
-    ({"pre_tokenizer": {"type": "ByteLevel"}}, {}, "pre_tokenizer is"),  # whose default is a prefix space
-    ({"added_tokens": []}, {}, "special tokens of no chat format"),
-    ({"added_tokens": [{"id": 9999, "content": "<|begin|>"}]}, {}, "no chat format"),
-    ({"added_tokens": [{"id": -1, "content": "<x>"}]}, {}, "ids that are no numbers"),
-    ({"added_tokens": [{"id": 70, "content": "<x>"}]}, {}, "two of its tokens have the same id"),
-    ({"added_tokens": [{"id": 5000, "content": "lines"}]}, {}, "added token 'lines' is ordinary text"),
-    ({"added_tokens": [{"id": 5000, "content": "<\ud800>"}]}, {}, "not understood"),
-    ({}, {"type": "Unigram", "vocab": []}, "a tokenizer of type Unigram"),
-    ({}, {"type": "WordPiece"}, "a tokenizer of type WordPiece"),
-    ({}, {"end_of_word_suffix": "</w>"}, "its end_of_word_suffix is '</w>'"),
-    ({}, {"continuing_subword_prefix": "##"}, "its continuing_subword_prefix is '##'"),
-    ({}, {"dropout": 0.1}, "its dropout is 0.1"),
-    ({}, {"vocab": {}}, "its vocabulary is empty"),
-    ({}, {"vocab": {"a": "1"}}, "ids that are no numbers"),
-    ({}, {"vocab": {"日": 1}}, "not understood"),
-    ({}, {"merges": lambda merges: merges[::-1]}, "order of their ids"),
-    ({}, {"vocab": lambda vocab: vocab | {"qz": 5000}}, "token b'qz' is not what its merges make"),
-    ({}, {"vocab": lambda vocab: vocab | CHAIN, "merges": lambda merges: [*merges, "q z", "z j", "q zj"]},
-     "token b'qzj' is not what its merges make"),
-], ids=lambda value: value[:30] if isinstance(value, str) else "")
-def test_a_tokenizer_json_that_means_something_else_is_refused(changes, of_model, match, tmp_path):
-    json_tokenizer("gpt2", tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text())
-    for name, value in of_model.items():
-        content["model"][name] = value(content["model"][name]) if callable(value) else value
-    path.write_text(json.dumps(content | changes))
-    assert_refused(tmp_path, match)
-
-
 def assert_refused(folder, match):
     with pytest.raises(BadInput, match=match) as error:
         Tokenizer.load(folder)
@@ -149,12 +81,8 @@ def assert_refused(folder, match):
 
 def test_other_tokenizer_files_are_refused(tmp_path):
     assert_refused(tmp_path, "tokenizer.json: no such file")
-    for name, content, match in (
-            ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x18\x02", "a sentencepiece tokenizer"),
-            ("tokenizer.model", b"\x80\x04 rubbish", "tokenizer.model:1: expected"),
-            ("tokenizer.json", b"{", "not valid JSON")):
-        (tmp_path / name).write_bytes(content)
-        assert_refused(tmp_path, match)
+    (tmp_path / "tokenizer.json").write_bytes(b"{")
+    assert_refused(tmp_path, "not valid JSON")
 
 
 def test_what_tiktoken_cannot_cut_is_refused(tokenizer, tmp_path):
@@ -286,12 +214,10 @@ def test_transformers_reads_our_vocabulary(corpus, tmp_path, capsys):
     texts = [text for pair in corpus[:1000] for text in pair]
     ours = Tokenizer(train_bpe(texts, 400))
     assert_same_ids(ours, auto_tokenizer(ours, tmp_path), [*texts[-200:], *ODD])
-    for gone in ("", "tokenizer.json"):  # by tokenizer.json, and, as an older run, by tokenizer.model
-        (tmp_path / gone).unlink() if gone else None
-        again = Tokenizer.load(tmp_path)
-        assert again.format == ours.format and again.vocab_size == ours.vocab_size
-        assert not capsys.readouterr().out  # no note: our template drops an instruction, as the format does
-        assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+    again = Tokenizer.load(tmp_path)
+    assert again.format == ours.format and again.vocab_size == ours.vocab_size
+    assert not capsys.readouterr().out  # no note: our template drops an instruction, as the format does
+    assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
 
 
 @pytest.mark.slow

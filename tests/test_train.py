@@ -106,7 +106,7 @@ def test_a_whole_run(argv, tmp_path):
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
         "run.json", "metrics.jsonl", "state.pt", "config.json", "model.safetensors",
-        "pred_embedding.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+        "pred_embedding.safetensors", "tokenizer.json", "tokenizer_config.json",
         "generation_config.json", "eval.json"}
     rows = steps_of(run)
     assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["examples"] == 160
@@ -219,21 +219,6 @@ def test_a_run_that_diverges(argv, tmp_path):
     assert reply.returncode == 2 and reply.stderr.count("\n") == 1, reply.stderr
     assert "the loss is" in reply.stderr and "try a lower --lr" in reply.stderr
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-
-
-def test_tf32_is_for_training_alone(argv, monkeypatch):
-    """A CPU knows no TF32, but the switch is the same: rounded products in the loop, exact ones for the
-    scores that eval.json holds."""
-    c, seen, score = train.parse_config(argv), [], train.evaluate
-    c.dtype = "tf32"
-
-    def evaluate(*args, **options):
-        seen.append(torch.get_float32_matmul_precision())
-        return score(*args, **options)
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    monkeypatch.setattr(train, "checked", lambda c: c)
-    train.train(c)
-    assert seen == ["high", "highest"]
 
 
 def test_two_threads_give_the_same_bits_twice(tokenizer, examples):
@@ -413,7 +398,6 @@ def test_no_prefetch_starts_no_thread(argv, monkeypatch):
     ("--distance infonce --micro_batch 4", "the whole batch: it needs"),
     ("--max_flops 1e9 --epochs 2", "--epochs has no effect with --max_flops"),
     ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
-    ("--device cpu --dtype tf32", "--dtype tf32 needs CUDA"),
     ("--test_file x.jsonl", "--test_file has no effect with --dataset nlrx_synth"),
     ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
     ("--dataset x.jsonl --eval_split valid --data_dir y", "--data_dir has no effect with --dataset x.jsonl"),
