@@ -8,11 +8,15 @@ conversations whose contents are unlikely words, and cuts what comes out at thes
     no_system           what the template writes in place of a system turn where there is none
     system_in_user      there is no system role: the instruction goes in front of the user's text
 
-A template that cannot be cut so (it changes what is said, drops or doubles a turn) is refused.
+A template that cannot be cut so (it changes what is said, drops or doubles a turn) is refused. It runs in a
+process of its own: jinja's sandbox keeps it from files, but not from endless loops.
 """
 import json
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from support.files import BadInput, read_json, read_text
 
 S, U, A, U2, A2 = "Qsystemq", "Quserq", "Qassistantq", "Qmoreq", "Qlastq"  # what no template writes
 MAX_TEMPLATE = 1 << 20  # the longest known has 20,000 characters
+MAX_SECONDS, MAX_MEMORY = 5, 1 << 30  # of the process that runs one; bytes
 
 
 @dataclass
@@ -110,8 +115,39 @@ def common_suffix(a: str, b: str) -> str:
 def cut_template(folder: Path) -> Pieces | None:
     """The pieces of a folder's template; None if it has none. BadInput says why it cannot be cut."""
     template, tokens = read_template(folder)
-    if not template:
-        return None
+    return pieces_of(json.dumps([template, tokens])) if template else None
+
+
+@lru_cache(maxsize=4)
+def pieces_of(template_and_tokens: str) -> Pieces:
+    """`cut_up` in a process of its own. BadInput also where it takes too long or too much memory."""
+    program = [sys.executable, "-X", "utf8", "-c", "from support.chat import main; main()"]
+    try:
+        answer = subprocess.run(program, input=template_and_tokens, capture_output=True, encoding="utf-8",
+                                timeout=MAX_SECONDS, cwd=Path(__file__).parent.parent).stdout
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"its chat template runs for more than {MAX_SECONDS} seconds") from None
+    if not answer.startswith("{"):
+        raise BadInput(answer or "its chat template fails (the process that runs it has died)")
+    return Pieces(**json.loads(answer))
+
+
+def main() -> None:
+    """The process that runs a template: its standard input is cut up, as JSON or as why not."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    except ImportError:  # Windows
+        pass
+    try:
+        answer = json.dumps(asdict(cut_up(*json.load(sys.stdin))))
+    except BadInput as error:
+        answer = str(error)
+    print(answer, end="")
+
+
+def cut_up(template: str, tokens: dict[str, str]) -> Pieces:
+    """The pieces of a template. BadInput says why it cannot be cut."""
     render = renderer(template, tokens)
     user, assistant = ("user", U), ("assistant", A)
     before, between, after = cut(render(user, assistant), U, A)

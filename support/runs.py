@@ -55,11 +55,12 @@ def read_score(folder: str | Path) -> dict:
     result = read_json(path)
     try:
         n, names = result["n"], [result.get(name, "") for name in ("dataset", "source")]
+        if type(n) is not int or n < 1:
+            raise ValueError
         verdicts = {name: from_hex(text, n) for name, text in result.get("items", {}).items()}
         result |= {name: float(x.mean()) for name, x in verdicts.items() if name in SHARES}
         numbers = [result[name] for name in SCORES if result.get(name) is not None]
-        if not (type(n) is int and all(type(name) is str for name in names)
-                and all(len(x) == n > 0 for x in verdicts.values())
+        if not (all(type(name) is str for name in names) and all(len(x) == n for x in verdicts.values())
                 and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)):
             raise ValueError
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -220,7 +221,12 @@ def read_metrics(path: Path, torn: bool = True) -> Iterator[dict]:
             if torn and not line.endswith(b"\n") and not file.read(1):
                 return
             row = parse_json(line, path)
-            if type(row.get("step")) is not int or not line.endswith(b"\n"):
+            look = row.get("look", {})
+            numbers = [value for name, value in row.items() if name != "look"]
+            if isinstance(look, dict):
+                numbers += [look[name] for name in SCORES if look.get(name) is not None]
+            if not (type(row.get("step")) is int and isinstance(look, dict) and line.endswith(b"\n")
+                    and all(type(x) in (int, float) for x in numbers)):
                 raise BadInput(f"{path}: damaged; choose another --out")
             yield row
 

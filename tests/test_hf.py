@@ -261,9 +261,11 @@ def test_a_chat_template(name, tmp_path, library_tokenizer):
     ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "ends an answer with ''"),
     ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "not begin with a special token"),
     ("{{ ''.__class__ }}{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-    ("{% for m in ", "TemplateSyntaxError"),
+    ("{% for m in ", "TemplateSyntaxError"), ("{{ 'x' * 9999999999 }}", "MemoryError"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 seconds"),
     ("", "has no chat template: --format names one of plain, llama3")])
-def test_a_template_that_cannot_be_cut(template, why, tmp_path, library_tokenizer):
+def test_a_template_that_cannot_be_cut(template, why, tmp_path, library_tokenizer, monkeypatch):
+    monkeypatch.setattr("support.chat.MAX_SECONDS", 2)
     library_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadInput, match=why) as error:

@@ -17,7 +17,7 @@ import eval
 import train
 from support.chat import cut_template
 from support.files import BadInput, main_guard, parse_json, printable
-from support.runs import read_score
+from support.runs import read_metrics, read_score
 from support.tables import markdown, table
 from support.tokenizer import Tokenizer, byte_letters, read_tokenizer_json
 from tasks.datasets import read_jsonl
@@ -138,6 +138,21 @@ def test_settings_of_others(name, value, run_folder, monkeypatch):  # noqa: F811
             except (BadInput, OSError) as error:
                 assert "\n" not in str(error)
         (run_folder / file).write_text(original)
+
+
+@pytest.mark.parametrize("change", [{"epoch": "1"}, {"jepa": [1]}, {"look": 3}, {"look": {"exact": "x"}}])
+def test_metrics_of_others(change, run_folder):  # noqa: F811
+    """Pictures are drawn from them."""
+    path = run_folder / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps({"step": 9, "epoch": 1.0} | change) + "\n")
+    assert "damaged" in refused(lambda: list(read_metrics(path)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_items(run_folder):  # noqa: F811
+    path = run_folder / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n": 0, "items": {"exact": ""}}))
+    assert "damaged" in refused(read_score, run_folder)
 
 
 def test_no_escape_sequence_reaches_the_terminal(capsys):
