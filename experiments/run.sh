@@ -17,6 +17,7 @@ seeds="82 23 37 84 4"
 valid="--eval_split valid --compile --seed 82"
 turk="--dataset nlrx_turk --epochs 8"
 small="--n_train 1000 --epochs 32"
+float32="--dtype float32"  # the newer runs: on their machine bfloat16 is native, and half as fast
 objectives="cosine
 stop_gradient --target stopgrad
 infonce --distance infonce
@@ -98,8 +99,8 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     done <<< "$objectives"
     # what the field uses against collapse, alone and with the cosine
     while read -r name flags; do
-        echo seams_synth $name --epochs 4 $flags $valid
-        echo seams_turk $name $turk $flags $valid
+        echo seams_synth $name --epochs 4 $flags $valid $float32
+        echo seams_turk $name $turk $flags $valid $float32
     done <<< "$seams"
     # JEPA between two texts of one regex. The committed runs had the flag --view2 of an older version; with a file
     # of their own they can only be compared with a plain run on it (--lam 0)
@@ -124,9 +125,9 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     done
     # a habit of stopping: models that end their answers, fine-tuned with labels that train it and that do not
     for seed in $seeds; do
-        echo habit_base plain-$seed --dataset nlrx_turk --epochs 6 --lam 0 --compile --seed $seed
+        echo habit_base plain-$seed --dataset nlrx_turk --epochs 6 --lam 0 --compile $float32 --seed $seed
     done
-    tune="--epochs 2 --batch_size 32 --init_from runs/results/habit_base/plain"
+    tune="--epochs 2 --batch_size 32 $float32 --init_from runs/results/habit_base/plain"
     while read -r name flags; do
         for seed in $seeds; do
             for eos in train_eos no-train_eos; do
