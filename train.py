@@ -106,7 +106,7 @@ class Config(RunOptions):
 
     seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = of_run(
-        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is native")
+        "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is faster")
     row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one a row", low=0,
                           needs="passes=fused")
     max_new_tokens: int = of_run(0, "longest answer; 0: 1.5 times the longest of train", low=0,
