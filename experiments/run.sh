@@ -48,6 +48,10 @@ jepa
 jepa23 --lam 2 --k 3
 infonce0.1 --distance infonce --lam 0.1
 stopgrad --target stopgrad"
+smollm2=${SMOLLM2:-runs/SmolLM2-135M-Instruct}  # a model folder of Hugging Face
+overfits="plain --lam 0
+jepa
+infonce0.1 --distance infonce --lam 0.1"
 
 run() {  # SECTION NAME FLAGS
     kept=experiments/results/$1/$2/eval.json
@@ -151,7 +155,31 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     for layer in 0 1 2; do
         echo habit_why layer$layer $official --layer $layer
     done
+    # a real pretrained model: the learning rate, on held-out items; then all weights, and adapters
+    small_tune="--init_from $smollm2 --n_train 500 --epochs 2 $float32 --max_new_tokens 64"
+    for lr in 2e-5 8e-5; do
+        choose="$small_tune --lam 0 --lr $lr --n_test 200 --eval_split valid --seed 82"
+        echo smollm2_choice lr$lr $choose
+        echo smollm2_choice lora-lr$lr $choose --lora_rank 64
+    done
     for seed in 82 23 37; do
+        for lam in 0 1; do
+            for eos in train_eos no-train_eos; do
+                echo smollm2 lam$lam-$eos-$seed $small_tune --lr 8e-5 --$eos --n_test 500 --lam $lam --seed $seed
+            done
+            echo smollm2_lora lam$lam-$seed $small_tune --lr 8e-5 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
+        done
+    done
+    # on test, five seeds: InfoNCE with a small weight, the one objective with which a Text finds its Code
+    for seed in $seeds; do
+        echo infonce plain-$seed $turk --lam 0 $float32 --compile --seed $seed
+        echo infonce infonce0.1-$seed $turk --distance infonce --lam 0.1 $float32 --compile --seed $seed
+    done
+    for seed in 82 23 37; do
+        while read -r name flags; do
+            echo overfit_turk $name-$seed --dataset nlrx_turk --n_train 1000 --epochs 64 $flags $float32 --compile \
+                --eval_every 128 --seed $seed
+        done <<< "$overfits"
         echo overfit plain-$seed --epochs 20 --lam 0 --compile --seed $seed
         echo overfit jepa-$seed --epochs 20 --compile --seed $seed
     done
