@@ -393,6 +393,20 @@ def loss_dropout(n: int, alpha: float, seed: int, step: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 1]).random(n) >= alpha
 
 
+PAD = Views([0], [-100], [0], [], [0])
+
+
+def collate_share(collate: Callable, views: list[Views], has_views: Sequence[bool], need: bool) -> Batch:
+    """The batch of one rank. All ranks must make the same forwards: one that has no example, or none with
+    views where another has (`need`), makes them over a pad, which counts nowhere and is of no pair."""
+    if len(views) and any(has_views) == need:
+        return collate(views, has_views)
+    batch, pad = collate([*views, PAD], [*has_views, need]), collate([PAD], [need])
+    return replace(batch, main_at=batch.main_at[:-1], lengths=batch.lengths[:-1], n_pairs=len(views),
+                   n_real=batch.n_real - pad.n_real, n_visible=batch.n_visible - pad.n_visible,
+                   pred_at=batch.pred_at[:0] if need else None, enc_at=batch.enc_at[:0] if need else None)
+
+
 def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
                   shape: Shape | None = None) -> list[Batch]:
     """This rank's share of a step's examples, collated in groups of at most --micro_batch. Examples that loss
@@ -406,18 +420,19 @@ def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
     if not c.lam and not c.reg_weight:
         has_views[:] = False
     draws = np.random.default_rng([c.seed, step, 3]).random((n, 3))
-    mine = np.arange(distributed.rank, n, distributed.world)
-    size, batches = c.micro_batch or n, []
-    for group in (mine[start:start + size] for start in range(0, len(mine), size)):
+    size, batches = (c.micro_batch or n) * distributed.world, []
+    for group in (np.arange(start, min(start + size, n)) for start in range(0, n, size)):  # of all ranks
         parts, collate = [group], partial(collate_fused, row_len=c.row_len)
         if c.passes == "three":
             collate = collate_three
         elif not c.row_len:
             parts = [part for part in (group[has_views[group]], group[~has_views[group]]) if len(part)]
         for part in parts:
-            batch = collate([views(int(indices[i])) for i in part], has_views[part])
+            mine = part[part % distributed.world == distributed.rank]
+            batch = collate_share(collate, [views(int(indices[i])) for i in mine], has_views[mine],
+                                  any(has_views[part]))
             batch = pad_to(batch, shape) if shape else batch
-            batch.tube_at = tube_positions(batch, draws[part], c.stp_form) if c.stp else None
+            batch.tube_at = tube_positions(batch, draws[mine], c.stp_form) if c.stp else None
             batches.append(batch)
     return batches
 

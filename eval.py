@@ -229,15 +229,16 @@ class EvalOptions:
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
 
 
-def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False):
-    """Model, in float32, and tokenizer of a folder: model.Transformer, or any model of transformers. BadInput
-    if it is a run that is not finished."""
+def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False,
+               dtype: torch.dtype | None = torch.float32):
+    """Model and tokenizer of a folder: model.Transformer in this dtype (None: mapped from the file, as it is
+    stored), or any model of transformers in float32. BadInput if it is a run that is not finished."""
     if Path(folder, "run.json").exists() and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     if uses_transformers(folder, backend):
         model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
     else:
-        model = Transformer.from_pretrained(folder, torch.float32)
+        model = Transformer.from_pretrained(folder, dtype)
     return model, load_tokenizer(folder, model.config.vocab_size, format, backend)
 
 

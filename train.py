@@ -117,6 +117,8 @@ class Config(RunOptions):
     fixed_shapes: bool | None = neutral(None, "fill packed rows up to one shape (default: on CUDA, compiled)",
                                         needs="row_len passes=fused")
     device: Literal[DEVICES] = neutral("auto", "auto: cuda, then mps, then cpu")
+    shard: Literal["", "full", "none"] = neutral(
+        "", "among ranks; full: each holds a part of weights and optimizer state, none: all (default: full)")
     compile: bool | None = neutral(None, "torch.compile (default: on CUDA only)")
     grad_checkpointing: bool = neutral(False, "recompute activations in the backward: less memory, more time")
     prefetch: bool = neutral(True, "collate in a thread, ahead of the step, and copy without waiting")
@@ -162,6 +164,7 @@ def contradictions(c: Config) -> list[str]:
         "batch: it needs --batch_size 2 or more, no --micro_batch, no --alpha, no --fixed_shapes and one "
         "process": whole_batch and (
             c.micro_batch or c.alpha or c.batch_size == 1 or distributed.world > 1 or c.fixed_shapes),
+        f"--shard {c.shard} has no effect with one process": c.shard and distributed.world == 1,
         "--fixed_shapes needs --pool last": bool(c.fixed_shapes) and c.pool == "mean",
         "--attention flex needs CUDA and --compile: it has no backward elsewhere":
             c.attention == "flex" and (not on_cuda or c.compile is False),
@@ -203,7 +206,7 @@ class Step(nn.Module):
     def __init__(self, model: Transformer, c: Config, dtype: str, ema: Transformer | None = None):
         super().__init__()
         self.model, self.dtype, self.ema = model, dtype, ema
-        flex = c.row_len and model.device.type == "cuda" and c.compile is not False
+        flex = c.row_len and pick_device(c.device).type == "cuda" and c.compile is not False
         flex = flex and getattr(model, "takes_block_masks", True)
         flex = c.attention == "flex" or c.attention == "auto" and flex
         self.passes = three_pass if c.passes == "three" else partial(
@@ -270,7 +273,7 @@ def backward(step_terms: Callable, batches: list, counts: dict[str, int], weight
     means = dict.fromkeys(weights, 0.0)
     for batch in batches:
         terms = step_terms(batch.to(device, wait))
-        total_loss(terms, counts, weights).backward()
+        total_loss(terms, counts, weights).backward()  # summed over the ranks by distributed.shard
         for name, (sum_, _) in terms.items():
             means[name] = means[name] + sum_.detach() / counts[name]
     return means
@@ -286,7 +289,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     elif not Path(c.init_from).is_dir():
         raise BadInput(f"--init_from {c.init_from}: no such folder")
     else:
-        model, tokenizer = read_model(c.init_from, c.backend, c.format, c.trust_remote_code)
+        model, tokenizer = read_model(c.init_from, c.backend, c.format, c.trust_remote_code, dtype=None)
     if len(model.pred_embedding if model.pred_embedding is not None else ()) != c.k:
         model.add_predictors(c.k, c.seed)
     if c.predictor == "tokens":
@@ -338,15 +341,13 @@ def finish(c: Config, folder: Path, model: Transformer, tokenizer: Tokenizer, da
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-def compile_step(c: Config, model: Transformer, ema: Transformer | None, dtype: str, make: Callable,
-                 steps: int) -> tuple[Callable, Callable]:
+def compile_step(c: Config, step_terms: Step, make: Callable, steps: int) -> tuple[Callable, Callable]:
     """What turns a batch into terms, and what makes the batches of a step: of one shape, where they are
     compiled for it. steps: among which the largest batch is looked for."""
-    on_cuda, shape = model.device.type == "cuda", None
+    on_cuda, shape = step_terms.model.device.type == "cuda", None
     compiled = on_cuda if c.compile is None else c.compile
     if c.row_len and (compiled and on_cuda if c.fixed_shapes is None else c.fixed_shapes):
         shape = largest_shape(make, steps)
-    step_terms = Step(model, c, dtype, ema)
     return (torch.compile(step_terms, dynamic=shape is None) if compiled else step_terms,
             partial(make, shape=shape) if shape else make)
 
@@ -373,21 +374,23 @@ def score_sample(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, 
 
 
 def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,
-                  lengths: np.ndarray, device: torch.device) -> None:
-    """All steps that the run still lacks; lengths (N,): tokens of main of data.train."""
+                  lengths: np.ndarray, device: torch.device) -> Transformer | None:
+    """All steps that the run still lacks; returns the trained model, to rank 0. lengths (N,): tokens of main
+    of data.train."""
     dtype = run.record["dtype"]
-    model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     model.grad_checkpointing = c.grad_checkpointing
     views = lru_cache(maxsize=10_000)(lambda i: render_views(data.train[i], tokenizer, c))
     sampler = Sampler(lengths, c.batch_size, c.seed)
     an_epoch = sampler.steps_per_epoch
     total = sys.maxsize if c.max_flops else min(c.max_steps or sys.maxsize, c.epochs * an_epoch)
     every = c.checkpoint_every or an_epoch
-    optimizer, params = make_optimizer(model, c), trainable(model)
     ema = copy.deepcopy(model).requires_grad_(False) if c.target == "ema" else None
+    step_terms, blank = Step(model, c, dtype, ema), distributed.without_weights(model)
+    distributed.shard(step_terms, [model, ema] if ema else [model], device, dtype, c.shard)
+    optimizer, params = make_optimizer(model, c), trainable(model)
     first = max(every, run.record["config"]["checkpoint_every"] or an_epoch)  # it may differ from run to run
     start, seen = run.restore(model, optimizer, first, ema)
-    step_terms, make = compile_step(c, model, ema, dtype, partial(micro_batches, c, views, sampler),
+    step_terms, make = compile_step(c, step_terms, partial(micro_batches, c, views, sampler),
                                     an_epoch if c.max_flops else total)
     length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
@@ -415,8 +418,10 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                 group["lr"] = lr
             torch.manual_seed(step_seed(c.seed, step) + distributed.rank)  # of the adapters' dropout
             means = backward(step_terms, batches, counts, weights, device, wait=not c.prefetch)
-            distributed.sum_gradients(params.values())
-            grad_norm = float(nn.utils.clip_grad_norm_(params.values(), c.clip))  # CPU-GPU sync point
+            for weight in params.values():  # one of a term that the step lacks is decayed all the same
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            grad_norm = nn.utils.clip_grad_norm_(params.values(), c.clip)
+            grad_norm = float(distributed.whole(grad_norm))  # CPU-GPU sync point
             means = dict(zip(means, distributed.total([float(mean) for mean in means.values()]), strict=True))
             check_finite(step, means, grad_norm, saved, data.train, sampler)
             optimizer.step()
@@ -436,13 +441,15 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                 loss = sum(weights[name] * mean for name, mean in means.items())
                 run.write(row | means | {"loss": loss, "lr": lr, "grad_norm": grad_norm,
                                          "tokens_per_s": speed})
-            if done % (c.eval_every or an_epoch) == 0 and not last and distributed.rank == 0:
-                began += score_sample(c, run, model, tokenizer, data, row)
+            if done % (c.eval_every or an_epoch) == 0 and not last:
+                if scored := distributed.whole_model(model, blank):
+                    began += score_sample(c, run, scored, tokenizer, data, row)
             if done % every == 0 or last:
                 run.save(model, optimizer, done, seen, ema)
                 saved = done
     if interrupts.asked:
         raise KeyboardInterrupt
+    return distributed.whole_model(model, blank)
 
 
 def train(c: Config) -> dict:
@@ -460,7 +467,7 @@ def train(c: Config) -> dict:
         if (folder / "eval.json").exists():
             print(f"{folder}: finished before")
             return read_score(folder)
-        training_loop(c, run, model, tokenizer, data, lengths, device)
+        model = training_loop(c, run, model, tokenizer, data, lengths, device)
         return {} if distributed.rank else finish(c, folder, model, tokenizer, data, limit)
 
 

@@ -33,8 +33,8 @@ from support.speed import Sampler, forward_dtype, prefetch
 from support.tables import markdown
 from support.tokenizer import Tokenizer
 from tasks.datasets import load_dataset
-from train import Config, backward, checked, compile_step, count_step, make_optimizer, model_config
-from train import weights_of_terms
+from train import Config, Step, backward, checked, compile_step, count_step, make_optimizer
+from train import model_config, weights_of_terms
 
 VARIANTS = {"plain": dict(lam=0.0), "three passes": dict(passes="three", row_len=0), "fused": dict(),
             "fused, alpha 0.75": dict(alpha=0.75)}
@@ -111,7 +111,7 @@ def measure(o: BenchOptions) -> dict:
     for name, changes in VARIANTS.items():
         variant = replace(c, **changes)
         make = partial(micro_batches, variant, examples.__getitem__, sampler)
-        step_terms, make = compile_step(variant, model, None, dtype, make, n_steps)
+        step_terms, make = compile_step(variant, Step(model, variant, dtype), make, n_steps)
         run_block[name] = partial(one_block, variant, model, optimizer, step_terms, make)
 
     peaks = dict.fromkeys(("float32", dtype) if dtype == "bfloat16" else (dtype,), 0.0)

@@ -1,10 +1,12 @@
-"""One process or many (torchrun): who writes, who waits, what is summed.
+"""One process or many (torchrun): who writes, who waits, what is summed, who holds which weights.
 
 A step's examples are fixed by (seed, step); rank r takes every W-th of them. Losses are sums over all ranks
 divided by counts over all ranks, so W ranks do what one process does (but for --lora_dropout, which each
-draws for itself). Rank 0 alone writes, prints and scores.
+draws for itself). Weights, gradients and optimizer state are cut into W parts by PyTorch's fully_shard
+(FSDP2, arXiv 2304.11277); a block is whole only while it runs. Rank 0 alone writes, prints and scores.
 """
 import contextlib
+import copy
 import os
 import re
 import sys
@@ -13,7 +15,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from support.files import BadInput
 
@@ -52,7 +55,7 @@ def join(device: torch.device) -> torch.device:
     if rank:
         sys.stdout = open(os.devnull, "w")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    from torch.distributed.nn import functional  # noqa: F401  imported later, it keeps the group past leave()
+    from torch.distributed import fsdp  # noqa: F401  imported later, it keeps the group past leave()
     dist.init_process_group(backend, timeout=timedelta(hours=8))  # the others wait while rank 0 scores
     return device
 
@@ -81,15 +84,70 @@ def total(numbers: list) -> list:
     return sums.tolist()
 
 
-def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """Every gradient becomes the sum of all ranks' gradients; a rank without examples adds nothing. (A
-    DistributedDataParallel does it while the backward runs, but wants the same backwards of every rank.)"""
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        if world > 1:
-            dist.all_reduce(weight.grad)
+# ---- who holds which weights -------------------------------------------------------------------------------
 
+def shard(step: nn.Module, models: list[nn.Module], device: torch.device, dtype: str, how: str) -> None:
+    """Move `step`, the module that is called, to a device, and cut the weights of the models in it into one
+    part per rank, block by block: a rank holds no more than its part and one block. Gradients become sums
+    over all ranks. dtype: of the forward, in which blocks are gathered; the parts are float32 (float64: both
+    are). how "none": every rank keeps a whole copy."""
+    full = how != "none"
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        names = ("shard",) if full else ("replicate", "shard")
+        mesh = init_device_mesh(device.type, (world, 1)[:len(names)], mesh_dim_names=names)
+        low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for module in (*(block for model in models for block in model.layers), step):
+        module.to(device, torch.float64 if dtype == "float64" else torch.float32)
+        if world > 1:
+            is_block = module is not step
+            policy = low if dtype == "bfloat16" and is_block else MixedPrecisionPolicy()
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=full and is_block)
+            module.set_force_sum_reduction_for_comms(True)  # not the mean over ranks
+            module.set_gradient_divide_factor(1.0)
+
+
+def whole(x):
+    """A tensor of which each rank has a part, in one piece, on every rank; all of them must call this."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def part_of(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of x, where it has only a part of `like`."""
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+@torch.no_grad()
+def gathered(tree):
+    """Dicts and lists with whole tensors, on rank 0's CPU; without any elsewhere. All ranks must call it."""
+    def gather(x):
+        x = whole(x)
+        return x if not isinstance(x, Tensor) else None if rank else x.cpu()
+    return tree if world == 1 else tree_map(gather, tree)
+
+
+def with_weights(model: nn.Module, weights: Iterable[Tensor]) -> nn.Module:
+    """A copy of the model with these weights, in the order of model.parameters()."""
+    pairs = zip(model.parameters(), weights, strict=True)
+    return copy.deepcopy(model, {id(old): nn.Parameter(new, old.requires_grad) for old, new in pairs})
+
+
+def without_weights(model: nn.Module) -> nn.Module | None:
+    """What `whole_model` needs: a copy from before the model was cut into parts, which holds no weights."""
+    return None if world == 1 else with_weights(model, [w.detach().to("meta") for w in model.parameters()])
+
+
+def whole_model(model: nn.Module, blank: nn.Module | None) -> nn.Module | None:
+    """The model, or of one in parts a whole copy on rank 0 and None elsewhere. All ranks must call this."""
+    weights = gathered(list(model.parameters()))
+    return model if world == 1 else None if rank else with_weights(blank, weights).to(model.device)
+
+
+# ---- devices -----------------------------------------------------------------------------------------------
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 

@@ -9,7 +9,7 @@ a model that fails one is refused by its name.
 Letters: B rows, T tokens in a row, S keys, C width, V vocabulary, k predictor tokens.
 """
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +126,12 @@ class HFModel(nn.Module):
         cache = library("transformers", "generation").DynamicCache()
         cache.select = cache.batch_select_indices
         return cache
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """The blocks."""
+        lists = (module for module in self.lm.modules() if isinstance(module, nn.ModuleList))
+        return next((blocks for blocks in lists if len(blocks) == self.config.n_layers), ())
 
     @property
     def device(self) -> torch.device:

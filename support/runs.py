@@ -5,13 +5,16 @@ import contextlib
 import json
 import os
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from support import distributed
+from support.distributed import gathered, part_of
 from support.files import BadInput, append, atomic, parse_json, printable, read_json, regular, write_text
 from support.settings import differences, fill
 from support.tables import COLUMNS, SHARES, from_hex
@@ -159,12 +162,13 @@ class Run(contextlib.AbstractContextManager):
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seen: dict,
              ema: nn.Module | None = None) -> None:
         """The checkpoint: it replaces the last one when it is whole. ema: a moving average of the model."""
+        state = gathered({"config": self.record["config"], "step": step, "seen": seen,
+                          "model": trainable(model), "optimizer": optimizer.state_dict(),
+                          "ema": ema and ema.state_dict()})
         if not self.log:
             return
         os.fsync(self.log.fileno())
-        state = {"config": self.record["config"], "step": step, "seen": seen, "model": trainable(model),
-                 "optimizer": optimizer.state_dict(), "metrics_size": self.log.tell(),
-                 "last_line": self.last_line, "ema": ema and ema.state_dict()}
+        state |= {"metrics_size": self.log.tell(), "last_line": self.last_line}
         try:
             with atomic(self.folder / "state.pt") as temporary:
                 torch.save(state, temporary)
@@ -194,14 +198,17 @@ class Run(contextlib.AbstractContextManager):
                 if not (type(step) is type(size) is int and 0 <= len(self.last_line) <= size
                         and all(type(value) in (int, float) for value in seen.values())):
                     raise TypeError
-                model.load_state_dict(state["model"], strict=False)  # with LoRA, without the base's weights
+                load_parts(model, state["model"], strict=False)  # with LoRA, without the base's weights
+                params = [weight for group in optimizer.param_groups for weight in group["params"]]
+                for i, kept in state["optimizer"]["state"].items():
+                    kept |= {name: part_of(x, params[i]) for name, x in kept.items() if x.dim()}
                 optimizer.load_state_dict(state["optimizer"])
                 if ema is not None:
-                    ema.load_state_dict(state["ema"])
+                    load_parts(ema, state["ema"], strict=True)
                 if any(x.dim() and x.shape != weight.shape for weight, kept in optimizer.state.items()
                        for x in kept.values()):
                     raise ValueError
-            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
+            except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path}: of another run; put its own back, or choose another --out") from None
         if self.log:
             whole = os.fstat(self.log.fileno()).st_size >= size
@@ -236,10 +243,19 @@ def load_state(folder: Path, device: torch.device) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(regular(path), map_location=device, weights_only=True)
+        many = distributed.world > 1  # they share one copy in memory: the mapped file
+        if many and zipfile.ZipFile(regular(path)).testzip():
+            raise ValueError("wrong checksum")
+        return torch.load(regular(path), "cpu" if many else device, weights_only=True, mmap=many)
     except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
         what = str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(f"{path}: damaged ({what}); put a whole one back, or choose another --out") from None
+
+
+def load_parts(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> None:
+    """Load this rank's parts of whole weights."""
+    own = model.state_dict()
+    model.load_state_dict({name: part_of(x, own[name]) for name, x in weights.items()}, strict)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
