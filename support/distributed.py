@@ -7,6 +7,7 @@ draws for itself). Weights, gradients and optimizer state are cut into W parts b
 """
 import contextlib
 import copy
+import gc
 import os
 import re
 import sys
@@ -40,6 +41,7 @@ def read_environment(environ: Mapping[str, str]) -> tuple[int, int, str]:
 
 
 rank, world, problem = read_environment(os.environ)
+meshes = []  # of fully_shard
 
 
 def join(device: torch.device) -> torch.device:
@@ -62,6 +64,9 @@ def join(device: torch.device) -> torch.device:
 
 def leave() -> None:
     if world > 1:
+        gc.collect()
+        for mesh in meshes:  # PyTorch's caches keep it: with its groups, gloo's threads would outlive them
+            getattr(mesh, "_pg_registry", {}).clear()
         dist.destroy_process_group()
 
 
@@ -97,6 +102,7 @@ def shard(step: nn.Module, models: list[nn.Module], device: torch.device, dtype:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         names = ("shard",) if full else ("replicate", "shard")
         mesh = init_device_mesh(device.type, (world, 1)[:len(names)], mesh_dim_names=names)
+        meshes.append(mesh)
         low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*(block for model in models for block in model.layers), step):
         module.to(device, torch.float64 if dtype == "float64" else torch.float32)
