@@ -153,19 +153,29 @@ def checked(c: Config, given: set[str] | None = None) -> Config:
     return c
 
 
+def whole_batch(c: Config) -> bool:
+    """Does a term compare the pairs of a batch with each other?"""
+    return bool(c.lam and getattr(DISTANCES.get(c.distance), "whole_batch", False) or c.reg_weight)
+
+
+def may_fill(c: Config) -> bool:
+    """May a batch be filled up with pairs of a position with itself? Only if their distance is 0."""
+    return c.pool == "last" and c.predictor == "tokens" and c.target != "ema" and not whole_batch(c)
+
+
 def contradictions(c: Config) -> list[str]:
     """What settings that are right by themselves get wrong together."""
     on_cuda = device_available(c.device) and pick_device(c.device).type == "cuda"
-    whole_batch = c.lam and getattr(DISTANCES.get(c.distance), "whole_batch", False) or c.reg_weight
     wrong = {
         f"--device {c.device}: not available here": not device_available(c.device),
         "--lam 0 --gamma 0: nothing to train on": not (c.lam or c.gamma or c.stp or c.reg_weight),
         f"{f'--reg {c.reg}' if c.reg_weight else f'--distance {c.distance}'} compares the pairs of the whole "
         "batch: it needs --batch_size 2 or more, no --micro_batch, no --alpha, no --fixed_shapes and one "
-        "process": whole_batch and (
+        "process": whole_batch(c) and (
             c.micro_batch or c.alpha or c.batch_size == 1 or distributed.world > 1 or c.fixed_shapes),
         f"--shard {c.shard} has no effect with one process": c.shard and distributed.world == 1,
-        "--fixed_shapes needs --pool last": bool(c.fixed_shapes) and c.pool == "mean",
+        "--fixed_shapes needs --pool last, --predictor tokens and no --target ema":
+            bool(c.fixed_shapes) and not may_fill(c),
         "--attention flex needs CUDA and --compile: it has no backward elsewhere":
             c.attention == "flex" and (not on_cuda or c.compile is False),
         "a dataset of your own needs --test_file or --eval_split valid":
@@ -346,7 +356,7 @@ def compile_step(c: Config, step_terms: Step, make: Callable, steps: int) -> tup
     compiled for it. steps: among which the largest batch is looked for."""
     on_cuda, shape = step_terms.model.device.type == "cuda", None
     compiled = on_cuda if c.compile is None else c.compile
-    if c.row_len and (compiled and on_cuda if c.fixed_shapes is None else c.fixed_shapes):
+    if c.row_len and (compiled and on_cuda and may_fill(c) if c.fixed_shapes is None else c.fixed_shapes):
         shape = largest_shape(make, steps)
     return (torch.compile(step_terms, dynamic=shape is None) if compiled else step_terms,
             partial(make, shape=shape) if shape else make)

@@ -227,6 +227,8 @@ def test_lam_rises():
     ("--lam_warmup 1", "--lam_warmup 1.0: must be 0 or more and below 1"),
     ("--stp_form released", "--stp_form has no effect without --stp"),
     ("--fixed_shapes --row_len 64 --pool mean", "--fixed_shapes needs --pool last"),
+    ("--fixed_shapes --row_len 64 --predictor mlp", "--fixed_shapes needs --pool last, --predictor tokens"),
+    ("--fixed_shapes --row_len 64 --target ema", "--predictor tokens and no --target ema"),
     ("--layer -2", "--layer -2: must be -1 or more")])
 def test_what_cannot_be_right_is_refused(flags, message):
     with pytest.raises(BadInput) as error:
@@ -237,3 +239,10 @@ def test_what_cannot_be_right_is_refused(flags, message):
 def test_a_layer_that_is_not_there(small_run, tmp_path):
     with pytest.raises(BadInput, match="--layer 1: the model's blocks are 0 to 0"):
         train.train(train.parse_config([*small_run, "--layer", "1", "--out", str(tmp_path / "run")]))
+
+
+def test_shapes_are_not_fixed_where_pads_would_be_pairs():
+    """On CUDA, compiled, packed rows were filled up whatever compared their pairs."""
+    for flags in "--pool mean", "--predictor linear", "--target ema", "--distance infonce", "--reg_weight 1":
+        assert not train.may_fill(train.parse_config(["--row_len", "64", *flags.split()]))
+    assert train.may_fill(train.parse_config(["--row_len", "64", "--distance", "l2"]))
