@@ -2,6 +2,8 @@
 
     python -m experiments.bench                                           preset nano, on what device there is
     python -m experiments.bench --preset llama-3.2-1b --row_len 4096      as on a GPU: packed rows
+    python -m experiments.bench --ranks 2                                 two processes against one
+    python -m experiments.bench --paper                                   memory of larger models, by formula
     python -m experiments.bench --json bench.json
 
 The variants (plain, three passes, fused, fused with loss dropout 0.75) take turns, block by block, over the
@@ -11,20 +13,25 @@ fastest matrix product of the same dtype, measured between the blocks. `loader`:
 waiting for batches.
 """
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from data import micro_batches, own_tokenizer, render_prompt, render_views
-from model import PRESETS, Transformer
+from model import PRESETS, ModelConfig, Transformer
+from support import distributed
 from support.distributed import DEVICES, pick_device
 from support.files import main_guard, write_text
 from support.generation import generate, generate_slow
@@ -52,7 +59,8 @@ class BenchOptions:
     row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row", low=0)
     steps: int = opt(20, "steps per block", low=1)
     blocks: int = opt(5, "blocks per variant, after one to warm up", low=1)
-    profile: bool = opt(False, "show where the time of the fused variant goes")
+    ranks: int = opt(0, "the fused variant on so many processes, against one", low=0)
+    paper: bool = opt(False, "measure nothing, show what larger models need", needs="!ranks")
     json: str = opt("", "write all numbers to this file")
 
 
@@ -87,7 +95,7 @@ def one_block(c: Config, model: Transformer, optimizer: torch.optim.Optimizer, s
         done["loading"] += time.perf_counter() - at
         counts, examples, flops = count_step(c, model, batches)
         done["examples"] += examples
-        done["tokens"] += sum(batch.n_real for batch in batches)
+        done["tokens"] += distributed.total([sum(batch.n_real for batch in batches)])[0]
         done["flops"] += flops
         backward(step_terms, batches, counts, weights, model.device, wait=False)
         nn.utils.clip_grad_norm_(model.parameters(), c.clip)
@@ -97,21 +105,27 @@ def one_block(c: Config, model: Transformer, optimizer: torch.optim.Optimizer, s
     return done | {"seconds": time.perf_counter() - began}
 
 
-def measure(o: BenchOptions) -> dict:
-    """All that the tables show, as numbers."""
+def prepare(o: BenchOptions) -> tuple:
+    """Config, device, dtype of the forward, dataset, tokenizer, model, and what makes a variant's batches."""
     c = checked(Config(**{f.name: getattr(o, f.name) for f in fields(o) if hasattr(Config, f.name)}))
-    device = pick_device(c.device)
-    on_cuda, dtype = device.type == "cuda", forward_dtype(c.dtype, device)
+    device = distributed.join(pick_device(c.device))
     data = load_dataset(c.dataset, c.data_dir)
     tokenizer = own_tokenizer(data.train, c.vocab_size)
-    model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed).to(device)
+    model = Transformer(model_config(c, tokenizer.vocab_size), c.k, c.seed)
     examples = [render_views(e, tokenizer, c) for e in data.train]
     sampler = Sampler([len(v.main) for v in examples], c.batch_size, c.seed)
+    return (c, device, forward_dtype(c.dtype, device), data, tokenizer, model,
+            lambda variant: partial(micro_batches, variant, examples.__getitem__, sampler))
+
+
+def measure(o: BenchOptions) -> dict:
+    """All that the tables show, as numbers."""
+    c, device, dtype, data, tokenizer, model, make_of = prepare(o)
+    on_cuda, model = device.type == "cuda", model.to(device)
     optimizer, run_block, n_steps = make_optimizer(model, c), {}, (o.blocks + 1) * o.steps
     for name, changes in VARIANTS.items():
         variant = replace(c, **changes)
-        make = partial(micro_batches, variant, examples.__getitem__, sampler)
-        step_terms, make = compile_step(variant, Step(model, variant, dtype), make, n_steps)
+        step_terms, make = compile_step(variant, Step(model, variant, dtype), make_of(variant), n_steps)
         run_block[name] = partial(one_block, variant, model, optimizer, step_terms, make)
 
     peaks = dict.fromkeys(("float32", dtype) if dtype == "bfloat16" else (dtype,), 0.0)
@@ -135,7 +149,6 @@ def measure(o: BenchOptions) -> dict:
             "parameters": model.n_params(), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "peak": peaks, "variants": variants,
             "process_memory": rss * (1 if sys.platform == "darwin" else 1024),
-            "profile": profile(partial(run_block["fused"], range(o.steps)), device) if o.profile else {},
             "generation": generation(model, tokenizer, data.test)}
 
 
@@ -149,17 +162,6 @@ def rates(blocks: list[dict], peak_rate: float) -> dict:
             "share_of_peak": statistics.median(flops) / peak_rate,
             "tokens_per_example": total["tokens"] / total["examples"],
             "loader": total["loading"] / total["seconds"]}
-
-
-def profile(run: Callable, device: torch.device, top: int = 12) -> dict[str, float]:
-    """Share of the time that each of the most expensive operators takes while run() runs."""
-    on_cuda = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as recorded:
-        run()
-    times = {event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total
-             for event in recorded.key_averages()}
-    return {name: times[name] / sum(times.values()) for name in sorted(times, key=times.get)[:-top - 1:-1]}
 
 
 def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
@@ -180,7 +182,6 @@ def generation(model: Transformer, tokenizer: Tokenizer, test: list) -> dict:
 def report(r: dict) -> str:
     """All of it as text."""
     peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in r["peak"].items())
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in r["profile"].items())
     rows = [("variant", "examples/s (min to max)", "tokens/s", "useful GFLOP/s", "of peak", "time / plain",
              "tokens / plain", "loader", "memory")]
     rows += [(name, f"{x['examples_per_s']:.0f} ({x['slowest']:.0f} to {x['fastest']:.0f})",
@@ -190,16 +191,129 @@ def report(r: dict) -> str:
     return (f"{r['preset']}, {r['parameters']:,} parameters, {r['dtype']}{', compiled' * r['compiled']}, on "
             f"{r['device']} ({r['threads']} threads), torch {r['torch']}\n"
             f"matrix products: {peaks}; process memory {r['process_memory'] / 2**30:.2f} GiB\n\n"
-            f"{markdown(rows)}\n\n" + (f"time of the fused variant: {shares}\n\n" if shares else "")
+            f"{markdown(rows)}\n\n"
             + "generation of {items:,} test answers: {seconds:.1f} s, {cached:.1f} items/s with the cache, "
               "{uncached:.1f} without".format(**r["generation"]))
 
 
+# ---- many processes, and memory ----------------------------------------------------------------------------
+
+LARGER = {"llama-3.2-3b": dict(PRESETS["llama-3.2-1b"], dim=3072, n_layers=28, n_heads=24, head_dim=128),
+          "llama-3.1-8b": dict(PRESETS["llama-3.2-1b"], dim=4096, n_layers=32, head_dim=128, ffn_dim=14336,
+                               tie_embeddings=False)}
+
+
+def memory(config: ModelConfig, ranks: int, tokens: int, labels: int, width: int = 2,
+           recompute: bool = False) -> dict[str, float]:
+    """Bytes of one rank that trains all weights: what it always holds, the peak of a step, and the peak of
+    scoring on rank 0. tokens, labels: of its largest forward; width: bytes of a number in the forward."""
+    C, L, V, F = config.dim, config.n_layers, config.vocab_size, config.ffn_dim
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    block, rest = 2 * C * (q + kv) + 3 * C * F + 2 * C, V * C * (1 if config.tie_embeddings else 2) + C
+    weights = L * block + rest
+    kept = 4 * 4 * C + width * (2 * C + 2 * q + 2 * kv + 4 * F)  # of a token and block, for the backward
+    activations = tokens * (L * 4 * C + kept if recompute else L * kept) + 12 * labels * V
+    gathered = 0 if ranks == 1 else 8 * rest + 2 * (width + 4) * block  # with their gradients
+    held = 16 * weights / ranks  # weight, gradient, two moments
+    return {"weights": weights, "held": held, "scoring": held * 3 / 4 + 4 * weights,
+            # the backward makes gradients, from the last block to the first, and frees activations
+            "step": max(held * 3 / 4 + activations, held + tokens * kept) + gathered}
+
+
+def paper() -> str:
+    """GPUs of each size that train a model, one row of 4,096 tokens each, half of them with a label."""
+    sizes = (24, 40, 80, 141)
+    rows = [("model", "parameters", "recompute", "GiB on 1, 2, 8 GPUs", *(f"GPUs of {n} GB" for n in sizes))]
+    for name, shape in (PRESETS | LARGER).items():
+        config = ModelConfig(**dict(vocab_size=512 if name == "nano" else 128256) | shape)
+        for recompute in (False, True):
+            need = {n: memory(config, n, 4096, 2048, recompute=recompute) for n in (1, 2, 4, 8, 16, 32)}
+            fits = [[n for n in need if max(need[n]["step"], need[n]["scoring"]) < 0.9e9 * size]
+                    for size in sizes]
+            rows.append((name, f"{need[1]['weights'] / 1e6:,.0f} M", "yes" if recompute else "no",
+                         ", ".join(f"{need[n]['step'] / 2**30:.1f}" for n in (1, 2, 8)),
+                         *(str(found[0]) if found else "-" for found in fits)))
+    return markdown(rows)
+
+
+def peak_memory(step: nn.Module, optimizer: torch.optim.Optimizer, run: Callable) -> int:
+    """Bytes of all tensors at their peak while run() trains `step`; on a CPU PyTorch's own tracker counts."""
+    if step.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+    tracker = FSDPMemTracker(step, optimizer) if distributed.world > 1 else MemTracker()
+    if distributed.world == 1:
+        tracker.track_external(step, optimizer)
+    with tracker:
+        run()
+    return tracker.get_tracker_snapshot("peak")[step.model.device]["Total"]
+
+
+def one_rank(o: BenchOptions) -> dict:
+    """Train the fused variant as one of many processes, or alone: its speed, and the most memory that a rank
+    needs, measured and by formula."""
+    c, device, dtype, _, _, model, make_of = prepare(o)
+    step, n_steps = Step(model, c, dtype), (o.blocks + 1) * o.steps
+    distributed.shard(step, [model], device, dtype, "full")
+    optimizer = make_optimizer(model, c)
+    step_terms, make = compile_step(c, step, make_of(c), n_steps)
+    train_steps = partial(one_block, c, model, optimizer)
+    blocks = [train_steps(step_terms, make, range(first, first + o.steps))
+              for first in range(0, n_steps, o.steps)]
+    peak_bytes = peak_memory(step, optimizer, lambda: train_steps(step, make, range(n_steps, n_steps + 1)))
+    held = [x.to_local() if hasattr(x, "to_local") else x for w in model.parameters()
+            for x in (w, w, *optimizer.state[w].values())]  # the second: a gradient is as big as its weight
+    batch, = make(n_steps)
+    wanted = memory(model.config, distributed.world, batch.ids.numel(), len(batch.label_at),
+                    2 if dtype == "bfloat16" else 4)
+    mine = {"held": sum(x.nbytes for x in held), "held_by_formula": round(wanted["held"]),
+            "peak": peak_bytes, "peak_by_formula": round(wanted["step"])}
+    of_all = [distributed.total([x * (rank == distributed.rank) for x in mine.values()])
+              for rank in range(distributed.world)]
+    return rates(blocks[1:], 1.0) | dict(zip(mine, map(max, *of_all, [0] * 4), strict=True))
+
+
+def scaling(o: BenchOptions, arguments: list[str]) -> dict[str, dict]:
+    """`one_rank` in one process, then in o.ranks, each with its share of the cores."""
+    results = {}
+    for n in (1, o.ranks):
+        with tempfile.TemporaryDirectory() as folder:
+            threads = max(1, len(os.sched_getaffinity(0)) // n)
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                            str(n), "-m", "experiments.bench", *arguments, "--json", f"{folder}/one.json"],
+                           check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            results[str(n)] = json.loads(Path(folder, "one.json").read_text())
+    return results
+
+
+def scaling_report(results: dict[str, dict]) -> str:
+    rows = [("ranks", "examples/s (min to max)", "of one", "held / rank", "by formula", "peak / rank",
+             "by formula")]
+    bytes_of = ("held", "held_by_formula", "peak", "peak_by_formula")
+    rows += [(n, f"{x['examples_per_s']:.0f} ({x['slowest']:.0f} to {x['fastest']:.0f})",
+              f"{x['examples_per_s'] / results['1']['examples_per_s']:.2f}",
+              *(f"{x[name] / 2**20:,.0f} MiB" for name in bytes_of)) for n, x in results.items()]
+    return markdown(rows)
+
+
 def main() -> None:
     o = parse_options(BenchOptions, description=__doc__)
-    result = measure(o)
-    print(report(result))
-    if o.json:
+    if o.paper:
+        print(paper())
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of those that `scaling` starts
+        result = one_rank(o)
+        distributed.leave()
+    elif o.ranks:
+        result = scaling(o, sys.argv[1:])
+        print(scaling_report(result))
+    else:
+        result = measure(o)
+        print(report(result))
+    if o.json and not distributed.rank:
         write_text(o.json, json.dumps(result, indent=2) + "\n")
 
 
