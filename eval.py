@@ -8,7 +8,7 @@
 
 Several runs side by side, their seeds together: python -m experiments.compare RUN ...
 
-Decoding is greedy, in batches, with a key-value cache, in float32. Scores:
+Decoding is greedy, in batches, with a key-value cache, in float32 (or --dtype bfloat16). Scores:
 
     exact         the answer is the target, character by character
     prefix        it starts with the target: what the paper counts in pretraining, blind to a model that never
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data import DEFAULT_VIEWS, RunOptions, ViewOptions, collate_three, fit, fit_splits, load, pad
 from data import render_prompt, render_views
-from jepa_loss import encode, gather, ntp
+from jepa_loss import encode, gather, ntp, upcast
 from model import Predictor, Transformer
 from support.distributed import DEVICES, pick_device
 from support.files import BadInput, main_guard, printable, write_text
@@ -124,7 +124,7 @@ def embed_pairs(model: Transformer, tokenizer: Tokenizer, examples: list[Example
         predict = model.predictor or (lambda x: x)
         pred.append(predict(gather(encode(model, batch.pred_ids)[1], batch.pred_at)))
         enc.append(gather(encode(model, batch.enc_ids)[1], batch.enc_at))
-    return torch.cat(pred).cpu(), torch.cat(enc).cpu()
+    return upcast(torch.cat(pred)).cpu(), upcast(torch.cat(enc)).cpu()
 
 
 def view_targets(examples: list[Example], reverse: bool) -> list[str]:
@@ -227,23 +227,27 @@ class EvalOptions:
     backend: Literal[BACKENDS] = opt("auto", "whose model code (default: the run's), see train.py")
     trust_remote_code: bool = opt(False, "run the Python files of the folder")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
+    dtype: Literal["float32", "bfloat16"] = opt(
+        "float32", "of weights and cache; bfloat16: no score is written", needs="!embeddings")
 
 
 def read_model(folder: str | Path, backend: str, format: str, trust_remote_code: bool = False,
                dtype: torch.dtype | None = torch.float32):
-    """Model and tokenizer of a folder: model.Transformer in this dtype (None: mapped from the file, as it is
-    stored), or any model of transformers in float32. BadInput if it is a run that is not finished."""
+    """Model, in this dtype, and tokenizer of a folder: model.Transformer (dtype None: mapped from the file,
+    as it is stored), or any model of transformers. BadInput if it is a run that is not finished."""
     if Path(folder, "run.json").exists() and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     if uses_transformers(folder, backend):
         model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
+        for weight in model.parameters():  # and no buffer: rotary frequencies stay as they are
+            weight.data = weight.data.to(dtype or torch.float32)
     else:
         model = Transformer.from_pretrained(folder, dtype)
     return model, load_tokenizer(folder, model.config.vocab_size, format, backend)
 
 
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict, RunOptions]:
-    """Model, in float32, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any; and
+    """Model, in --dtype, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any; and
     the run's settings, of which an older one may lack some, or those of a model that predicts no view."""
     run = read_run(folder) if Path(folder, "run.json").exists() else {"config": {"k": 0}}
     if len(run) == 1 and not o.dataset and o.prompt is None:
@@ -252,7 +256,8 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
     c = RunOptions(**{f.name: settings[f.name] for f in fields(RunOptions)})
     c.data_dir = o.data_dir or c.data_dir
     model, tokenizer = read_model(folder, c.backend if o.backend == "auto" else o.backend,
-                                  c.format if o.format == "auto" else o.format, o.trust_remote_code)
+                                  c.format if o.format == "auto" else o.format, o.trust_remote_code,
+                                  getattr(torch, o.dtype))
     rows = 0 if model.pred_embedding is None else len(model.pred_embedding)
     if rows < c.k:
         raise BadInput(f"{folder}/pred_embedding.safetensors: holds {rows} predictor tokens, the run has "
@@ -283,7 +288,7 @@ def score_run(folder: str | Path, o: EvalOptions) -> dict:
     data, same = load_run_data(folder, run, c, o)
     fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
     result, _ = evaluate(model, tokenizer, data, c, o.max_new_tokens or run["max_new_tokens"])
-    if not o.max_new_tokens and (same or data.source != run["source"]):
+    if not o.max_new_tokens and o.dtype == "float32" and (same or data.source != run["source"]):
         name = "eval.json" if same else f"eval_on_{data.source}.json"
         result |= run_summary(Path(folder)) if same else {}
         write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")

@@ -93,17 +93,18 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in every layer: `length` of `capacity` places are filled."""
+    """Keys and values of the `length` tokens so far, in every layer. Room is added for 64 at a time."""
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device,
-                 dtype: torch.dtype):
-        shape = (config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim)
+    def __init__(self, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layers, 2, rows, config.n_kv_heads, 0, config.head_dim)
         self.stored = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v (B, K, T, D) after the earlier ones; return all keys and values (2, B, K, S, D)."""
         start, end = self.length, self.length + k.shape[2]
+        if end > self.stored.shape[4]:
+            self.stored = F.pad(self.stored, (0, 0, 0, -end % 64 + end - self.stored.shape[4]))
         self.stored[layer, 0, :, :, start:end] = k
         self.stored[layer, 1, :, :, start:end] = v
         return self.stored[layer, :, :, :, :end]
@@ -295,9 +296,8 @@ class Transformer(nn.Module):
         tied = self.config.tie_embeddings
         return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """Room for `capacity` tokens of each of `rows` rows."""
-        return KVCache(self.config, rows, capacity, self.device, self.embed_tokens.weight.dtype)
+    def new_cache(self, rows: int) -> KVCache:
+        return KVCache(self.config, rows, self.device, self.embed_tokens.weight.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """Greedy decoding: slow, as one would write it first, and fast, in batches with a key-value cache.
 
-`model(ids, positions, mask, cache) -> hidden`, `model.head(hidden) -> logits`, `model.new_cache(rows,
-capacity)`, as model.Transformer has them. Letters: B rows, T tokens, S keys. """
+`model(ids, positions, mask, cache) -> hidden`, `model.head(hidden) -> logits`, `model.new_cache(rows)`, as
+model.Transformer has them. Letters: B rows, T tokens, S keys. """
 from typing import NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def generate_batch(model, prompts: list[list[int]], end: int, limits: list[int])
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
     first = torch.tensor([[width - len(p)] for p in prompts], device=device)  # (B, 1), its column
     column = torch.arange(width + max(room), device=device)
-    cache = model.new_cache(len(prompts), len(column))
+    cache = model.new_cache(len(prompts))
     i, j = column[:width, None], column[:width]
     mask = ((j <= i) & (j >= first[..., None])) | (i == j)  # (B, T, T)
     hidden = model(ids, (column[:width] - first).clamp(min=0), mask[:, None], cache)
@@ -72,7 +72,7 @@ def generate_batch(model, prompts: list[list[int]], end: int, limits: list[int])
         going = [r for r, row in enumerate(rows) if not stopped[row] and not full[row]]
         if not going:
             break
-        if 2 * len(going) < len(rows):  # finished rows cost as much as others: drop them now and then
+        if 2 * len(going) < len(rows):  # finished rows leave the batch, but each time the cache is copied
             left = torch.tensor(going, device=device)
             rows, tokens, first = [rows[r] for r in going], tokens[left], first[left]
             cache.select(left)

@@ -121,7 +121,7 @@ class HFModel(nn.Module):
         cap = getattr(c, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def new_cache(self, rows: int, capacity: int):
+    def new_cache(self, rows: int):
         """The library's cache, with the one method that support/generation.py calls."""
         cache = library("transformers", "generation").DynamicCache()
         cache.select = cache.batch_select_indices

@@ -1,6 +1,7 @@
 """eval.py: cached answers equal uncached ones, scores count what its docstring says, collapse is seen."""
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,10 +26,10 @@ from tasks.scorers import scorer_of
 
 def test_cached_answers_equal_uncached_ones(tiny, monkeypatch):
     """Float64; prompts of many lengths, answers that stop at many places. When more than half of a batch has
-    stopped, its rows leave the cache, and the others go on as before."""
+    stopped, its rows leave the cache, and the others go on as before. The cache grows, at 64 tokens."""
     model, g, dropped, keep = tiny(0), torch.Generator().manual_seed(1), [], KVCache.select
     monkeypatch.setattr(KVCache, "select", lambda cache, rows: dropped.append(len(rows)) or keep(cache, rows))
-    prompts = [torch.randint(250, (n,), generator=g).tolist() for n in (1, 9, 2, 30, 17, 9, 4, 12, 5, 25)]
+    prompts = [torch.randint(250, (n,), generator=g).tolist() for n in (1, 9, 2, 60, 17, 9, 4, 12, 5, 25)]
     free = [generate_slow(model, p, -1, 20).ids for p in prompts]
     # stops the most of them
     end = max({t for ids in free for t in ids}, key=lambda t: sum(t in ids for ids in free))
@@ -231,6 +232,22 @@ def test_what_a_finished_run_is_asked(finished_run, program):
     for arguments in (["--prompt", ""], ["--prompt", "a", "--system", "b"]):
         with pytest.raises(SystemExit):
             program(finished_run, *arguments)
+
+
+def test_scores_in_bfloat16(finished_run, chat_folder):
+    """Weights and cache are bfloat16, of models of transformers too; scores are close to float32's, and do
+    not take their place in eval.json."""
+    before, half = (finished_run / "eval.json").read_text(), EvalOptions(dtype="bfloat16", device="cpu")
+    result = eval.score_run(finished_run, half)
+    assert (finished_run / "eval.json").read_text() == before
+    assert result["p_end"] == pytest.approx(json.loads(before)["p_end"], abs=1e-3)
+    assert result["p_end"] != json.loads(before)["p_end"]
+    for backend in ("ours", "transformers"):
+        model, *_ = eval.load_model(chat_folder, replace(half, prompt="a", backend=backend, format="llama3"))
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+        prompts = [[5, 6, 7], [8, 9]]
+        assert [len(answer.ids) for answer in generate(model, prompts, -1, 70)] == [70, 70]
 
 
 def test_folders_that_are_no_finished_run(finished_run):

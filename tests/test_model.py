@@ -72,7 +72,7 @@ def test_bfloat16_on_a_cpu_stays_close():
 def test_cache_equals_no_cache():
     """In parts of 5, 1 and 6 tokens; row 1 of 3 leaves the cache on the way."""
     model, ids = Transformer(small(n_kv_heads=2), seed=5).double(), torch.randint(50, (3, 12))
-    cache, column = KVCache(model.config, 3, 12, ids.device, torch.float64), torch.arange(12)
+    cache, column = KVCache(model.config, 3, ids.device, torch.float64), torch.arange(12)
     rows, parts = torch.tensor([0, 2]), []
     for start, end in ((0, 5), (5, 6), (6, 12)):
         if start == 6:
