@@ -214,6 +214,8 @@ def memory(config: ModelConfig, ranks: int, tokens: int, labels: int, width: int
     kept = 4 * 4 * C + width * (2 * C + 2 * q + 2 * kv + 4 * F)  # of a token and block, for the backward
     activations = tokens * (L * 4 * C + kept if recompute else L * kept) + 12 * labels * V
     gathered = 0 if ranks == 1 else 8 * rest + 2 * (width + 4) * block  # with their gradients
+    if width == 2:  # what autocast keeps of float32 weights: of those that are not gathered in bfloat16
+        gathered += 2 * (weights if ranks == 1 else rest)
     held = 16 * weights / ranks  # weight, gradient, two moments
     return {"weights": weights, "held": held, "scoring": held * 3 / 4 + 4 * weights,
             # the backward makes gradients, from the last block to the first, and frees activations
