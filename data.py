@@ -393,7 +393,7 @@ def loss_dropout(n: int, alpha: float, seed: int, step: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 1]).random(n) >= alpha
 
 
-PAD = Views([0], [-100], [0], [], [0])
+PAD = Views([0], [-100], [0], [], [0])  # stands in for an example
 
 
 def collate_share(collate: Callable, views: list[Views], has_views: Sequence[bool], need: bool) -> Batch:

@@ -373,10 +373,13 @@ def check_finite(step: int, means: dict, grad_norm: float, saved: int, examples:
                        f"{kept}; try a lower --lr, or look at the step's examples: {', '.join(where)}")
 
 
-def score_sample(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer, data: Dataset,
-                 row: dict) -> float:
-    """Score 200 test items on the way; returns the seconds that it took."""
-    result, _ = evaluate(model, tokenizer, data, c, run.record["max_new_tokens"], n=200)
+def score_sample(c: Config, run: Run, model: Transformer, blank: Transformer | None, tokenizer: Tokenizer,
+                 data: Dataset, row: dict) -> float:
+    """Score 200 test items on the way, on rank 0; returns the seconds that it took. blank: of whole_model."""
+    whole = distributed.whole_model(model, blank)
+    if whole is None:
+        return 0.0
+    result, _ = evaluate(whole, tokenizer, data, c, run.record["max_new_tokens"], n=200)
     result.pop("items", None)
     run.write(row | {"look": result})
     tqdm.write(f"epoch {row['epoch']:.3g}, {result['n']} {c.eval_split} items: {brief(result)}")
@@ -452,8 +455,7 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                 run.write(row | means | {"loss": loss, "lr": lr, "grad_norm": grad_norm,
                                          "tokens_per_s": speed})
             if done % (c.eval_every or an_epoch) == 0 and not last:
-                if scored := distributed.whole_model(model, blank):
-                    began += score_sample(c, run, scored, tokenizer, data, row)
+                began += score_sample(c, run, model, blank, tokenizer, data, row)
             if done % every == 0 or last:
                 run.save(model, optimizer, done, seen, ema)
                 saved = done

@@ -310,7 +310,8 @@ def main() -> None:
         result = one_rank(o)
         distributed.leave()
     elif o.ranks:
-        result = scaling(o, sys.argv[1:])
+        dtype = forward_dtype(o.dtype, pick_device(o.device))  # may be timed, and then ranks could differ
+        result = scaling(o, [*sys.argv[1:], "--dtype", dtype])
         print(scaling_report(result))
     else:
         result = measure(o)
