@@ -1,5 +1,4 @@
 """What users meet at the edges: other spellings, other machines, other programs. A test for each kind."""
-import hashlib
 import io
 import json
 import os
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import forks
 import pytest
@@ -27,26 +25,18 @@ from tasks import datasets, nlrx
 
 # ---- who is who is decided by sums -------------------------------------------------------------------------
 
-def test_the_same_files_under_other_names_are_the_same(small_run, pairs, chat_folder, tmp_path, monkeypatch):
-    """A run goes on, and two seeds are one variant, where data and base model lie elsewhere by now; and with
-    other settings that change no result."""
+def test_the_same_files_under_other_names_are_the_same(pairs, chat_folder, tmp_path, monkeypatch):
+    """Two seeds are one variant, where data and base model lie elsewhere by now. (That a run goes on from
+    there: test_a_run_that_dies_goes_on, test_other_weights_under_the_same_name.)"""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pairs, "data"), shutil.copytree(chat_folder, "base")
-    data = ["--test_file", "data/test.jsonl", *small_run[4:], "--max_steps", "1"]
-    tuned = ["--test_file", "data/test.jsonl", "--batch_size", "8", "--max_steps", "1", "--device", "cpu",
-             "--max_new_tokens", "4", "--format", "llama3", "--init_from", "base"]
-    moved = ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl")]
-    for kind, argv, others in (
-            ("scratch", data, [["--dataset", "./data/train.jsonl"], [*moved, "--micro_batch", "2"]]),
-            ("tuned", tuned, [["--init_from", "./base/"], ["--init_from", str(chat_folder)]])):
-        argv = ["--dataset", "data/train.jsonl", *argv]
-        go(argv, "--out", f"{kind}1", "--seed", 1)
-        for i, other in enumerate(others, 2):
-            (Path(f"{kind}1") / "eval.json").unlink()
-            go(argv, "--out", f"{kind}1", "--seed", 1, "--log_every", i, *other)  # goes on
-            go(argv, "--out", f"{kind}{i}", "--seed", i, *other)
-        variant, = variants_of({f"{kind}{i}": read_result(f"{kind}{i}") for i in (1, 2, 3)})
-        assert sorted(variant.seeds) == [1, 2, 3]
+    rest = ["--test_file", str(pairs / "test.jsonl"), "--batch_size", "8", "--max_steps", "1", "--device",
+            "cpu", "--max_new_tokens", "4", "--format", "llama3"]
+    for seed, data, base in ((1, "data", "base"), (2, "./data", "./base/"), (3, pairs, chat_folder)):
+        go(["--dataset", f"{data}/train.jsonl", "--init_from", str(base), *rest],
+           "--seed", seed, "--out", seed)
+    variant, = variants_of({seed: read_result(seed) for seed in "123"})
+    assert sorted(variant.seeds) == [1, 2, 3]
 
 
 # ---- a folder that we write, elsewhere ---------------------------------------------------------------------
@@ -112,19 +102,16 @@ def test_two_starts_in_one_folder_of_generated_data(tmp_path, monkeypatch):
 REST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
 
-@pytest.mark.parametrize("environ,wanted", [
-    ({}, (0, 1, "")), ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, "")), ({"WORLD_SIZE": "1"}, (0, 1, "")),
-    ({"LOCAL_RANK": "0"}, (0, 1, "")), (REST | {"RANK": "1"}, (1, 2, ""))])
-def test_what_torchrun_sets(environ, wanted):
-    assert distributed.read_environment(environ) == wanted
-
-
-@pytest.mark.parametrize("environ,message", [
-    ({"RANK": "0"}, "RANK set, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start the program"),
-    (REST, "but not RANK: start"), (REST | {"RANK": "x"}, "RANK=x: not a number; torchrun sets it"),
-    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: not a number"), (REST | {"RANK": "2"}, "below WORLD_SIZE=2")])
-def test_what_torchrun_would_not_set(environ, message):
-    assert message in distributed.read_environment(environ)[2]
+@pytest.mark.parametrize("environ,rank,world,problem", [
+    ({}, 0, 1, ""), ({"RANK": "", "WORLD_SIZE": ""}, 0, 1, ""), ({"WORLD_SIZE": "1"}, 0, 1, ""),
+    ({"LOCAL_RANK": "0"}, 0, 1, ""), (REST | {"RANK": "1"}, 1, 2, ""),
+    ({"RANK": "0"}, 0, 1, "RANK set, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start the"),
+    (REST | {"RANK": "x"}, 0, 1, "RANK=x: not a number; torchrun sets it"),
+    ({"WORLD_SIZE": "-1"}, 0, 1, "WORLD_SIZE=-1: not a number"),
+    (REST | {"RANK": "2"}, 2, 2, "below WORLD_SIZE=2")])
+def test_what_torchrun_sets_or_would_not(environ, rank, world, problem):
+    found = distributed.read_environment(environ)
+    assert found[:2] == (rank, world) and bool(found[2]) == bool(problem) and problem in found[2]
 
 
 def test_a_world_size_alone_is_one_line(small_run, tmp_path):
@@ -138,22 +125,17 @@ def test_a_folder_that_not_every_rank_sees(tmp_path):
         runs.Run(tmp_path / "here", {}, train.Config, {}, writes=False)
 
 
-@pytest.mark.parametrize("lacks", ["Windows", "Python 3.10"])
-def test_less_than_ours(lacks, small_run, tmp_path, monkeypatch):
-    """Windows has no pread and no fcntl, and its fsync wants a file that may be written."""
-    if lacks == "Windows":
-        fcntl, fsync = pytest.importorskip("fcntl"), os.fsync
+def test_windows(small_run, tmp_path, monkeypatch):
+    """It has no pread and no fcntl, and its fsync wants a file that may be written."""
+    fcntl, fsync = pytest.importorskip("fcntl"), os.fsync
 
-        def strict(fd):
-            assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-            fsync(fd)
-        monkeypatch.setattr(os, "fsync", strict)
-        monkeypatch.delattr(os, "pread")
-        monkeypatch.setattr(runs, "fcntl", None)
-    else:
-        monkeypatch.delattr(hashlib, "file_digest")
-    monkeypatch.setattr(datasets, "generated_files", lambda folder, make=datasets.generated_files: make(
-        folder, 40, 10))
+    def strict(fd):
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", strict)
+    monkeypatch.delattr(os, "pread")
+    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(datasets.generated_files, "__defaults__", (40, 10))
     go(["--dataset", "nlrx_synth", *small_run[4:], "--max_steps", "1"], "--data_dir", tmp_path / "data",
        "--out", tmp_path / "run")
     assert (tmp_path / "run" / "eval.json").exists()
