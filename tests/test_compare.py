@@ -72,20 +72,6 @@ def test_interval_holds_the_truth_as_often_as_it_says(S, of_seeds, of_items):
     assert 0.92 <= held <= 0.98
 
 
-@pytest.mark.parametrize("S,of_seeds,least,most", [(3, 0.4, 0.6, 0.88), (5, 0.0, 0.97, 1)])
-def test_why_it_is_no_bootstrap(S, of_seeds, least, most):
-    """Over both seeds and items: too narrow where seeds differ, too wide where they do not."""
-    rng, trials, N, held = np.random.default_rng(0), 100, 1000, 0
-    for _ in range(trials):
-        a, b = draw_two_variants(rng, S, of_seeds, 0, N)
-        seeds = rng.multinomial(S, np.full(S, 1 / S), 100) / S  # how often each is drawn, 100 times
-        items = rng.multinomial(N, np.full(N, 1 / N), 100) / N
-        low, high = np.quantile((seeds @ (a.astype(float) - b) * items).sum(1), [0.025, 0.975])
-        held += low <= 0 <= high
-    print(f"{held / trials:.1%} of {trials}")
-    assert least <= held / trials <= most
-
-
 # ---- variants and their baselines --------------------------------------------------------------------------
 
 def test_seeds_are_one_variant_and_differences_are_paired():
@@ -235,10 +221,8 @@ def test_shares_are_counted_from_the_items(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [
-    {"n": 20}, {"n": "9"}, {"n": -9}, {"items": {"exact": 3}}, {"items": {"exact": "0g00"}}, {"items": []},
-    {"config": {}}, {"config": None}, {"config": {"seed": "1"}},
-    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": "high"},
-    {"rank_enc": 10**400}, {"trained": {"examples": 1, "flops": [], "seconds": 1}}])
+    {"n": 20}, {"n": "9"}, {"items": {"exact": "0g00"}}, {"items": []}, {"config": {}},
+    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": 10**400}])
 def test_damaged_results_are_refused(tmp_path, changed):
     with pytest.raises(BadInput, match="run/eval.json: damaged, or not written by"):
         read_result(stored(tmp_path / "run", **changed))
@@ -248,15 +232,14 @@ def test_damaged_results_are_refused(tmp_path, changed):
 
 # ---- the program -------------------------------------------------------------------------------------------
 
-def test_the_table_of_real_runs(pairs, tmp_path, monkeypatch, capsys):
+def test_the_table_of_real_runs(small_run, tmp_path, monkeypatch, capsys):
     """JEPA, plain training, and plain training with as many FLOPs; and their numbers as JSON."""
     folders = {name: tmp_path / name for name in ("jepa", "plain", "equal")}
+    at = small_run.index("--max_steps")
+    argv = small_run[:at] + small_run[at + 2:]
 
     def run(name, *flags):
-        train.train(train.parse_config([
-            "--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"), "--dim", "16",
-            "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "16", "--vocab_size", "260", "--batch_size",
-            "16", "--max_new_tokens", "4", "--device", "cpu", "--out", str(folders[name]), *flags]))
+        train.train(train.parse_config([*argv, "--out", str(folders[name]), *flags]))
         return json.loads((folders[name] / "eval.json").read_text())["trained"]["flops"]
 
     flops = run("jepa", "--epochs", "1")
