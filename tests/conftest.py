@@ -1,6 +1,7 @@
 """Shared by the tests: the project's root on the path, where the published data may be, and a tiny model."""
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,18 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def talks(tmp_path_factory):
+    """Files of 24 and 6 conversations with a system turn."""
+    folder = tmp_path_factory.mktemp("talks")
+    rows = [{"messages": [{"role": "system", "content": "Count."},
+                          {"role": "user", "content": f"the number {i} " + "dog " * (i % 4)},
+                          {"role": "assistant", "content": f"{i}[a-z]"}]} for i in range(30)]
+    for name, part in (("train.jsonl", rows[:24]), ("test.jsonl", rows[24:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def corpus() -> list[tuple[str, str]]:
     """The pairs of the embedded grammar."""
     return generate(10_000)
@@ -94,6 +107,24 @@ def tiny(tokenizer):
                 weight.mul_(8 if weight.dim() > 1 else 1)
         return model
     return make
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where /proc does not say."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if path.exists() else 0
+
+
+def peak(use) -> int:
+    """Bytes that use() takes at its peak, beyond what was held before; 0 where that cannot be measured."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return bool(use()) * 0
+    before = resident()
+    use()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 - before
 
 
 # ---- checkpoints of others, made by their own libraries ----------------------------------------------------
