@@ -22,18 +22,6 @@ pytestmark = pytest.mark.xdist_group("transformers")  # its import takes seconds
 SHORT = ["--epochs", "2", "--batch_size", "8", "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu"]
 
 
-@pytest.fixture(scope="session")
-def talks(tmp_path_factory):
-    """Files of 24 and 6 conversations with a system turn."""
-    folder = tmp_path_factory.mktemp("talks")
-    rows = [{"messages": [{"role": "system", "content": "Count."},
-                          {"role": "user", "content": f"the number {i} " + "dog " * (i % 4)},
-                          {"role": "assistant", "content": f"{i}[a-z]"}]} for i in range(30)]
-    for name, part in (("train.jsonl", rows[:24]), ("test.jsonl", rows[24:])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
-
-
 @pytest.fixture
 def argv(talks, chat_folder, tmp_path):
     return ["--dataset", str(talks / "train.jsonl"), "--test_file", str(talks / "test.jsonl"),

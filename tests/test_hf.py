@@ -12,10 +12,9 @@ pytest.importorskip("jinja2")
 
 from conftest import PAIRS, json_tokenizer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from test_train import assert_equal_runs, die_at_step, rows_of, untimed  # noqa: E402
+from test_train import assert_equal_runs, die_at_step, go, rows_of, untimed  # noqa: E402
 
 import eval  # noqa: E402
-import train  # noqa: E402
 from data import collate_fused, collate_three, render_prompt, render_views  # noqa: E402
 from jepa_loss import fused, three_pass  # noqa: E402
 from model import Predictor, Transformer  # noqa: E402
@@ -322,12 +321,6 @@ def test_what_a_vocabulary_lacks_is_no_answer(tmp_path):
             ours.encode("b")
 
 
-def test_a_run_of_ours_needs_no_note(tmp_path, tokenizer, capsys):
-    """Its tokenizer_config.json has a chat template for others, which knows no system turn."""
-    tokenizer.save(tmp_path)
-    assert Tokenizer.load(tmp_path).format == tokenizer.format and capsys.readouterr().out == ""
-
-
 def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
     """Tokens of Llama 3 and of ChatML, a template that is ChatML after bos: what is written is said."""
     json_tokenizer("llama3", tmp_path)
@@ -353,24 +346,14 @@ TALKS = {"qwen2": "qwen2", "gemma2": "gemma", "gpt2": "olmo2"}
 
 
 @pytest.fixture
-def start(tmp_path, library_tokenizer):
+def start(talks, tmp_path, library_tokenizer):
     """kind -> flags of a run from a tiny folder of that family."""
-    for name, numbers in (("train", range(24)), ("test", range(24, 30))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
-            {"role": "system", "content": "Count."},
-            {"role": "user", "content": f"number {i} {'dog ' * (i % 5)}"},
-            {"role": "assistant", "content": f"{i}[a-z]"}]}) + "\n" for i in numbers))
-
     def make(kind, **shape):
         family(kind, tmp_path / "base", **shape)
         add_tokenizer(tmp_path / "base", library_tokenizer, TALKS.get(kind, "chatml"))
-        return ["--init_from", str(tmp_path / "base"), "--dataset", str(tmp_path / "train.jsonl"),
-                "--test_file", str(tmp_path / "test.jsonl"), *SHORT.split()]
+        return ["--init_from", str(tmp_path / "base"), "--dataset", str(talks / "train.jsonl"),
+                "--test_file", str(talks / "test.jsonl"), *SHORT.split()]
     return make
-
-
-def go(argv, out, *flags):
-    return train.train(train.parse_config([*argv, "--out", str(out), *flags]))
 
 
 @pytest.mark.parametrize("flags", ["", "--lora_rank 2 --row_len 120 --grad_checkpointing"])
@@ -378,11 +361,11 @@ def go(argv, out, *flags):
 def test_a_whole_run(kind, flags, start, tmp_path, capsys):
     """Trained, interrupted and resumed to the same bits, exported, read by transformers and by eval.py."""
     argv, run, half = start(kind), tmp_path / "run", tmp_path / "half"
-    result = go(argv, run, *flags.split())
+    result = go(argv, "--out", run, *flags.split())
     assert "in format template" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["format_in_use"] == "template"
     die_at_step(3, [*argv, "--out", str(half), *flags.split()])
-    go(argv, half, *flags.split())
+    go(argv, "--out", half, *flags.split())
     assert_equal_runs(run, half)
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -404,18 +387,18 @@ def test_three_passes_train_as_fused_does(start, tmp_path):
     """And --layer, --target ema, --predictor in a whole run."""
     argv = [*start("qwen2", num_hidden_layers=3), "--dtype", "float64", "--layer", "1", "--target", "ema",
             "--predictor", "mlp"]
-    go(argv, tmp_path / "fused")
-    go(argv, tmp_path / "three", "--passes", "three")
+    go(argv, "--out", tmp_path / "fused")
+    go(argv, "--out", tmp_path / "three", "--passes", "three")
     assert_equal_runs(tmp_path / "fused", tmp_path / "three", 1e-6)
     with pytest.raises(BadInput, match="--layer 2: transformers gives the last block's output only after"):
-        go([*argv, "--layer", "2"], tmp_path / "last")
+        go([*argv, "--layer", "2"], "--out", tmp_path / "last")
 
 
 def test_a_llama_folder_by_both(start, tmp_path):
     """--backend transformers on a Llama: the losses of model.py."""
     argv, losses = [*start("llama"), "--format", "chatml", "--dtype", "float64"], []
     for backend in ("ours", "transformers"):
-        go(argv, tmp_path / backend, "--backend", backend)
+        go(argv, "--out", tmp_path / backend, "--backend", backend)
         losses.append([row["loss"] for row in rows_of(tmp_path / backend) if "loss" in row])
     assert len(losses[0]) == 4
     torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-5, rtol=1e-5)
@@ -425,7 +408,7 @@ def test_a_llama_folder_by_both(start, tmp_path):
         for a, b in zip(ours(ids, layer=0), theirs(ids, layer=0), strict=True):
             torch.testing.assert_close(a.float(), b, atol=1e-5, rtol=1e-5)
     with pytest.raises(BadInput, match="model_type is 'qwen2', only 'llama' is known"):
-        go([*start("qwen2"), "--backend", "ours"], tmp_path / "wrong")
+        go([*start("qwen2"), "--backend", "ours"], "--out", tmp_path / "wrong")
 
 
 CODE = """
@@ -448,9 +431,9 @@ def test_code_of_the_folder_runs_only_by_its_flag(start, tmp_path, monkeypatch):
     (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {
         "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}))
     with pytest.raises(BadInput, match="transformers cannot load it"):
-        go(argv, tmp_path / "run")
+        go(argv, "--out", tmp_path / "run")
     assert "RAN" not in os.environ
-    go(argv, tmp_path / "run", "--trust_remote_code", "--max_steps", "1")
+    go(argv, "--out", tmp_path / "run", "--trust_remote_code", "--max_steps", "1")
     assert os.environ["RAN"] == "yes" and (tmp_path / "run" / "own.py").read_text() == CODE
     with pytest.raises(BadInput, match="transformers cannot load it"):
         eval.load_model(tmp_path / "run", eval.EvalOptions(device="cpu"))
