@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import die_at_step
 
 import train
 from data import ViewOptions, collate_fused, collate_three, render_views, tube_positions
@@ -147,10 +148,6 @@ def test_a_layer_is_what_its_block_gives(tiny):
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
-def weights_of(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
-
-
 def test_a_moving_average_resumes_bit_for_bit(small_run, tmp_path, monkeypatch):
     """Its weights are those of a loop by hand; a run that dies goes on with the same ones."""
     argv = [*small_run, "--target", "ema", "--ema_decay", "0.9", "--dtype", "float32"]
@@ -162,7 +159,7 @@ def test_a_moving_average_resumes_bit_for_bit(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "update_average", recorded)
     c = train.parse_config([*argv, "--out", str(tmp_path / "whole")])
     train.train(c)
-    state = weights_of(tmp_path / "whole")
+    state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
     data = train.load(c)
     average = [weight.detach().clone() for weight in train.make_model(c, data)[0].parameters()]
     for weights in updates:
@@ -170,18 +167,11 @@ def test_a_moving_average_resumes_bit_for_bit(small_run, tmp_path, monkeypatch):
     for by_hand, ours in zip(average, state["ema"].values(), strict=True):
         torch.testing.assert_close(ours, by_hand, atol=1e-6, rtol=0)
 
-    def dies(ema, model, decay):
-        update(ema, model, decay)
-        if len(updates) == 3:
-            raise KeyboardInterrupt
-        updates.append(0)
-    updates.clear()
-    monkeypatch.setattr(train, "update_average", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(train.parse_config([*argv, "--out", str(tmp_path / "run")]))
-    monkeypatch.setattr(train, "update_average", update)
-    train.train(train.parse_config([*argv, "--out", str(tmp_path / "run")]))
-    again = weights_of(tmp_path / "run")
+    monkeypatch.undo()
+    argv += ["--out", str(tmp_path / "run")]
+    die_at_step(3, argv)
+    train.train(train.parse_config(argv))
+    again = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     for part in ("model", "ema"):
         assert all(torch.equal(again[part][name], weight) for name, weight in state[part].items())
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from test_train import assert_equal_runs, die_at_step, steps_of
 
 import eval
 import train
@@ -221,16 +222,10 @@ OLDER = ("run", "metrics", "metrics_size", "step", "seen", "model", "optimizer")
 
 
 @pytest.fixture
-def interrupted_run(small_run, tmp_path, monkeypatch):
+def interrupted_run(small_run, tmp_path):
     """The settings of a run that died after the checkpoint of its second step, and its folder."""
-    argv, step_seed = [*small_run, "--out", str(tmp_path / "run")], train.step_seed
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        def dies(seed, step):
-            if step == 3:
-                raise KeyboardInterrupt
-            return step_seed(seed, step)
-        patch.setattr(train, "step_seed", dies)
-        train.train(train.parse_config(argv))
+    argv = [*small_run, "--out", str(tmp_path / "run")]
+    die_at_step(3, argv)
     return argv, tmp_path / "run"
 
 
@@ -246,11 +241,8 @@ def test_a_new_setting_changes_nothing_about_an_older_run(interrupted_run, finis
     capsys.readouterr()
     result = train.train(train.parse_config(argv))
     assert ", from step 2\n" in capsys.readouterr().out
-    ours, theirs = (torch.load(path / "state.pt", weights_only=True)["model"]
-                    for path in (folder, finished_run))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert_equal_runs(folder, finished_run)
+    assert [row["step"] for row in steps_of(folder)] == [1, 2, 3, 4]
     again = eval.score_run(folder, eval.EvalOptions())
     assert again == result | {"seconds": again["seconds"]}
     assert train.train(train.parse_config(argv)) == json.loads((folder / "eval.json").read_text())
