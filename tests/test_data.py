@@ -1,7 +1,6 @@
 """data.py: rendered pairs as literals, trees, batches, which pairs a step takes."""
 import runpy
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,18 +57,6 @@ def test_views_that_show_other_texts():
     only, = views_of(Example("ab", "xyz", text_only=True), ntp_on="code")
     assert (only.main, only.labels) == ([BEGIN, A, B, END], [A, B, END, -100])
     assert (only.stem, only.enc) == ([BEGIN, A, B], [BEGIN, X, Y, Z])
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_views_in_a_chat_format(reverse):
-    """A view is one turn with its role's opening, without its end and the system turn; reversed, too."""
-    chat = Tokenizer(BYTES.ranks, special={"<|im_start|>": 256, "<|im_end|>": 257}, vocab_size=258)
-    views = render_views(replace(PAIR, system="s"), chat, ViewOptions(2, reverse=reverse))
-    user, assistant = [256, *b"user\n", A, B], [256, *b"assistant\n", X, Y, Z]
-    assert (views.stem, views.enc) == ((assistant, user) if reverse else (user, assistant))
-    assert views.preds == [258, 259]
-    assert views.main == [256, *b"system\ns", 257, *b"\n", *user, 257, *b"\n", *assistant, 257,
-                          *b"\n"]
 
 
 def tree_of(**options):
@@ -178,16 +165,6 @@ def test_packing_loses_nothing(lengths, row_len):
     rows = pack(lengths, row_len)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= row_len or len(row) == 1 for row in rows)
-
-
-def test_segments_are_unique_in_a_row(tokenizer, examples):
-    """A segment number is one run of tokens: no pad and no neighbour shares it."""
-    views = [render_views(e, tokenizer) for e in examples]
-    batch = collate_fused(views, [True, False, True, True, False], 150)
-    assert len(batch.ids) > 1
-    for row in batch.segment.tolist():
-        changes = [s for i, s in enumerate(row) if i == 0 or row[i - 1] != s]
-        assert len(changes) == len(set(changes))
 
 
 @given(st.lists(st.integers(3, 50), min_size=1, max_size=20), st.integers(0, 2**32))

@@ -2,14 +2,14 @@
 import json
 
 import pytest
-from conftest import CHAT, PAIRS, SHARED_DATA, json_tokenizer, jsonl
+from conftest import CHAT, PAIRS, SHARED_DATA, json_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ViewOptions, fit, render_prompt, render_views
+from data import ViewOptions, render_prompt, render_views
 from model import ModelConfig, Transformer
 from support.files import BadInput
-from support.tokenizer import FORMAT_TOKENS, GPT2, Tokenizer, train_bpe
+from support.tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe
 from tasks.datasets import Example, load_dataset, read_jsonl
 
 # ---- a vocabulary of our own -------------------------------------------------------------------------------
@@ -83,15 +83,6 @@ def test_other_tokenizer_files_are_refused(tmp_path):
     assert_refused(tmp_path, "tokenizer.json: no such file")
     (tmp_path / "tokenizer.json").write_bytes(b"{")
     assert_refused(tmp_path, "not valid JSON")
-
-
-def test_what_tiktoken_cannot_cut_is_refused(tokenizer, tmp_path):
-    """Its regex panicked, with a BaseException, at a million blanks: a word too long to be merged."""
-    tokenizer = Tokenizer(tokenizer.ranks, GPT2)
-    with pytest.raises(BadInput, match=r"1000001 characters\): has words so long"):
-        tokenizer.encode("x" + " " * 1_000_000)
-    with pytest.raises(BadInput, match="f.jsonl:1: .*has words so long"):
-        fit(jsonl(tmp_path / "f.jsonl", [("a" + " " * 1_000_000, "b")]), tokenizer, 10)
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
@@ -172,18 +163,6 @@ def test_formats_by_name(chat, tokenizer):
     assert chat("plain").format.name == "plain"  # to override what auto would take
     with pytest.raises(BadInput, match=r"--format chatml: the tokenizer has no <\|im_start\|>, <\|im_end\|>"):
         Tokenizer(tokenizer.ranks, format="chatml")
-
-
-def test_a_view_of_its_own_and_a_text_alone(tokenizer):
-    """hellaswag's views are not what main says; paraphrase's main is the text and its end alone."""
-    f, e = tokenizer.format, tokenizer.encode
-    views = render_views(Example("which?", "A", text_view="one", code_view="two"), tokenizer)
-    begin, (sep,), end = f.start, f.closing["user"], f.end
-    assert views.main == [*begin, *e("which?"), sep, *e("A"), end]
-    assert (views.stem, views.enc) == ([*begin, *e("one")], [*begin, *e("two")])
-    views = render_views(Example("one", "two", text_only=True), tokenizer)
-    assert views.main == [*begin, *e("one"), end] and views.labels == [*e("one"), end, -100]
-    assert (views.stem, views.enc) == ([*begin, *e("one")], [*begin, *e("two")])
 
 
 # ---- our own vocabulary elsewhere --------------------------------------------------------------------------
