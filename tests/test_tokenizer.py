@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import CHAT, PAIRS, SHARED_DATA, json_tokenizer
+from conftest import CHAT, SHARED_DATA, json_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,12 +23,6 @@ def test_text_round_trips(tokenizer, text):
 def test_special_tokens_in_text_are_text(tokenizer):
     ids = tokenizer.encode("a<|end|>")
     assert tokenizer.format.end not in ids and tokenizer.decode(ids) == "a<|end|>"
-
-
-def test_save_and_load(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    assert again.ranks == tokenizer.ranks and again.encode(PAIRS[1][0]) == tokenizer.encode(PAIRS[1][0])
 
 
 # ---- vocabularies of checkpoints ---------------------------------------------------------------------------
@@ -71,6 +65,38 @@ def test_a_byte_that_the_vocabulary_lacks_is_named(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
     with pytest.raises(BadInput, match=r"'x\\x04y'... has the byte 0x04, which the vocabulary lacks"):
         tokenizer.encode("x\x04y")
+
+
+SENTENCEPIECE = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
+                                                     {"type": "Replace", "content": ""}]}
+CHAIN = {"qz": 5000, "zj": 5001, "qzj": 5002}  # merged as q z, then qz j; but the file has q zj
+
+
+@pytest.mark.parametrize("changes,of_model,match", [
+    ({"model": 3}, {}, "not understood"),
+    ({"normalizer": SENTENCEPIECE}, {}, r"normalizer is Prepend \+ Replace \(a sentencepiece"),
+    ({"pre_tokenizer": None}, {}, "pre_tokenizer is null"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, {}, 'pre_tokenizer is {"type": "Whitespace"}'),
+    ({"pre_tokenizer": {"type": "ByteLevel"}}, {}, "pre_tokenizer is"),  # whose default is a prefix space
+    ({"added_tokens": []}, {}, "special tokens of no chat format"),
+    ({"added_tokens": [{"id": 70, "content": "<x>"}]}, {}, "two of its tokens have the same id"),
+    ({"added_tokens": [{"id": 5000, "content": "lines"}]}, {}, "added token 'lines' is ordinary text"),
+    ({}, {"type": "Unigram", "vocab": []}, "a tokenizer of type Unigram"),
+    ({}, {"end_of_word_suffix": "</w>"}, "its end_of_word_suffix is '</w>'"),
+    ({}, {"vocab": {}}, "its vocabulary is empty"), ({}, {"vocab": {"a": "1"}}, "ids that are no numbers"),
+    ({}, {"merges": lambda merges: merges[::-1]}, "order of their ids"),
+    ({}, {"vocab": lambda vocab: vocab | {"qz": 5000}}, "token b'qz' is not what its merges make"),
+    ({}, {"vocab": lambda vocab: vocab | CHAIN, "merges": lambda merges: [*merges, "q z", "z j", "q zj"]},
+     "token b'qzj' is not what its merges make"),
+], ids=lambda value: value[:30] if isinstance(value, str) else "")
+def test_a_tokenizer_json_that_means_something_else_is_refused(changes, of_model, match, tmp_path):
+    json_tokenizer("gpt2", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for name, value in of_model.items():
+        content["model"][name] = value(content["model"][name]) if callable(value) else value
+    path.write_text(json.dumps(content | changes))
+    assert_refused(tmp_path, match)
 
 
 def assert_refused(folder, match):
