@@ -1,16 +1,17 @@
 """experiments/compare.py: seeds together, variants apart, differences with honest intervals."""
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_settings import NewConfig
 
 import train
 from experiments import compare as program
 from experiments.compare import baseline_of, compare, comparison, paired_interval, read_result, variants_of
 from support.files import BadInput
-from support.settings import fill, opt
+from support.settings import fill
 from support.tables import to_hex
 
 RESULTS = ROOT / "experiments" / "results"
@@ -167,24 +168,15 @@ def committed(*patterns):
             for path in sorted(RESULTS.glob(f"{pattern}/eval.json"))}
 
 
-@pytest.fixture(params=["today's settings", "and one more"])
-def settings(request, monkeypatch):
-    @dataclass
-    class Newer(train.Config):
-        """As somebody adds a flag."""
-        margin: float = opt(0.0, "of a new kind of optimizer", group="optimization")
-
-    if request.param == "and one more":
-        monkeypatch.setattr(train, "Config", Newer)
-
-
+@pytest.mark.parametrize("config", [train.Config, NewConfig])
 @pytest.mark.parametrize("patterns,variants,baselines", [
     (["stopping/*"], 6, 4), (["equal/*", "stopping/jepa-train_eos-*"], 3, 2), (["search_synth/*"], 10, 9),
     (["search_turk/*", "turk_choice/epochs8"], 12, 11), (["chosen/turk-*", "turk/*"], 3, 2),
     (["chosen/synth-*", "stopping/plain-train_eos-*"], 2, 1), (["overfit/*"], 2, 1), (["transfer/*"], 2, 0)])
-def test_committed_results_find_their_baselines(settings, patterns, variants, baselines):
+def test_committed_results_find_their_baselines(patterns, variants, baselines, config, monkeypatch):
     """They are of older versions (view2, match_flops, objective), and a new flag at its default changes
     nothing: an old run and one of today are one variant."""
+    monkeypatch.setattr(train, "Config", config)
     results = committed(*patterns)
     found = variants_of(results)
     assert len(found) == variants and sum(baseline_of(v, found) is not None for v in found) == baselines

@@ -233,22 +233,6 @@ def test_what_a_finished_run_is_asked(finished_run, program):
             program(finished_run, *arguments)
 
 
-def test_folders_that_are_no_finished_run(finished_run):
-    """A run.json without the settings that scoring asks for was a KeyError."""
-    run = json.loads((finished_run / "run.json").read_text())
-    for gone, message in (("eval.json", "training is not finished"),
-                          ("run.json", "run.json: no such file; --dataset scores a model that is no run")):
-        (finished_run / gone).unlink()
-        with pytest.raises(BadInput, match=message):
-            eval.score_run(finished_run, EvalOptions())
-    text_for_number = run | {"config": run["config"] | {"n_train": "1"}}
-    for record, message in (({"config": {}}, "damaged, or not written by this program"),
-                            (text_for_number, "n_train is '1', which this setting cannot be")):
-        (finished_run / "run.json").write_text(json.dumps(record))
-        with pytest.raises(BadInput, match=f"run.json: {message}"):
-            eval.score_run(finished_run, EvalOptions())
-
-
 def test_other_data_only_when_told(tmp_path, monkeypatch):
     """Generated and published data are never mixed up: a run is scored on its own files, unless told."""
     monkeypatch.setattr(nlrx, "generate", lambda n, seed: [(f"text {i}", f"code {i}") for i in range(60)])
@@ -281,15 +265,10 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
     ("nowhere", "run.json: no such file; --dataset scores a model that is no run"),
     ("nowhere --prompt a", "config.json: no such file"),
     ("", "required: MODEL"), ("x --prom a", "unrecognized arguments: --prom"),
-    ("x --max_new_tokens 0", "--max_new_tokens 0: must be 1 or more"),
     ("x --dataset nlrx_synth --n_test 0", "--n_test 0: must be 1 or more"),
     ("x --prompt a --data_dir b", "--data_dir has no effect with --prompt a"),
-    ("x --prompt a --dataset b", "--prompt has no effect with --dataset b"),
-    ("x --dataset nlrx_synth --test_file b", "--test_file has no effect with --dataset nlrx_synth"),
-    ("x --dataset a.jsonl --data_dir b", "--data_dir has no effect with --dataset a.jsonl"),
     ("x --dataset a.jsonl", "a dataset of your own needs --test_file"),
     ("x --dataset b --other_data --system c", "--system has no effect without --prompt; --other_data has no"),
-    ("x --n_test 5 --on_long drop", "--n_test has no effect without --dataset; --on_long has no effect"),
     ("x --format plain", "--format has no effect without --dataset"),
     ("x --embeddings --max_new_tokens 5 --dataset b", "--max_new_tokens has no effect with --embeddings")])
 def test_wrong_arguments(arguments, message, program, capsys):

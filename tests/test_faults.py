@@ -281,16 +281,6 @@ def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
     assert contents(run) == {"metrics.jsonl": b""} | before
 
 
-def test_a_checkpoint_and_metrics_of_another_seed(three_runs, tmp_path):
-    """They fit each other and the shapes of the model, but not run.json."""
-    folder, command = three_runs
-    run = tmp_path / "run"
-    shutil.copytree(folder / "seed", run, ignore=shutil.ignore_patterns("eval.json"))
-    shutil.copy(folder / "a" / "run.json", run)
-    with pytest.raises(BadInput, match="state.pt: of another run"):
-        go(command, "--out", run)
-
-
 @pytest.mark.parametrize("harm", ["cut", "emptied", "deleted"])
 @pytest.mark.parametrize("name,readers", [
     ("run.json", "train score answer base"), ("eval.json", "train"), ("metrics.jsonl", "score"),

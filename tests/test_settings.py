@@ -126,6 +126,8 @@ def test_settings_of_other_versions():
     assert filled == vars(Settings(lam=2.0, compile=True))
     assert differences(Settings, filled, vars(Settings(lam=2.0, test="x", data="other"))) == []
     assert differences(Settings, filled, vars(Settings(k=2))) == ["--lam 2.0 (now 1.0)", "--k 1 (now 2)"]
+    with pytest.raises(BadInput, match="run.json: k is '1', which this setting cannot be"):
+        fill(Settings, {"k": "1"}, former, "run.json")
     for more in ({"objective": "stp"}, {"newer": "stp"}):
         found = differences(Settings, fill(Settings, stored | more, former), vars(Settings(lam=2.0)))
         assert found == [f"--{[*more][0]} stp (now None)"]
