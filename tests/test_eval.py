@@ -1,5 +1,6 @@
 """eval.py: cached answers equal uncached ones, scores count what its docstring says, collapse is seen."""
 import json
+import math
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from model import KVCache
 from support.distributed import pick_device
 from support.files import BadInput, main_guard
 from support.generation import Answer, generate, generate_slow
-from support.geometry import linear_map_error, rank_me
+from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.tables import from_hex, table, to_hex
 from tasks import datasets, nlrx, regexes
 from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id
@@ -155,6 +156,14 @@ def test_collapse_report():
 def test_rank_me_by_hand():
     assert rank_me(torch.eye(5)) == pytest.approx(5, abs=1e-4)
     assert rank_me(torch.ones(5, 7)) == pytest.approx(1, abs=1e-4)
+
+
+def test_uniformity_and_alignment_by_hand():
+    x = torch.tensor([[1.0, 0], [0, 2], [-3, 0]])
+    y = torch.tensor([[5.0, 0], [1, 0], [0, 1]])
+    assert alignment(x, y) == pytest.approx((0 + 2 + 2) / 3)
+    assert uniformity(x) == pytest.approx(math.log((math.exp(-4) * 2 + math.exp(-8)) / 3))
+    assert uniformity(x[:1].repeat(4, 1)) == pytest.approx(0)
 
 
 def test_error_of_a_linear_map():

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import eval
 import train
 from data import Sampler, collate_fused, render_views
 from jepa_loss import fused, total_loss
 from model import ModelConfig, Transformer
 from support import runs, speed
+from support.files import BadInput
 from support.tokenizer import Tokenizer, train_bpe
 from tasks.datasets import load_dataset
 
@@ -386,6 +388,63 @@ def test_a_budget_that_one_step_spends(argv, tmp_path):
 def test_no_prefetch_starts_no_thread(argv, monkeypatch):
     monkeypatch.setattr(train, "prefetch", lambda *_: pytest.fail("a thread"))
     go(argv, "--max_steps", 2, "--no-prefetch")
+
+
+# ---- the seams of the objective ---------------------------------------------------------------------------
+
+def test_a_moving_average_resumes_bit_for_bit(small_run, tmp_path, monkeypatch):
+    """Its weights are those of a loop by hand; a run that dies goes on with the same ones."""
+    argv = [*small_run, "--target", "ema", "--ema_decay", "0.9", "--dtype", "float32"]
+    updates, update = [], train.update_average
+
+    def recorded(ema, model, decay):
+        updates.append([weight.detach().clone() for weight in model.parameters()])
+        update(ema, model, decay)
+    monkeypatch.setattr(train, "update_average", recorded)
+    c = train.parse_config([*argv, "--out", str(tmp_path / "whole")])
+    train.train(c)
+    state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
+    data = train.load(c)
+    average = [weight.detach().clone() for weight in train.make_model(c, data)[0].parameters()]
+    for weights in updates:
+        average = [0.9 * old + 0.1 * new for old, new in zip(average, weights, strict=True)]
+    for by_hand, ours in zip(average, state["ema"].values(), strict=True):
+        torch.testing.assert_close(ours, by_hand, atol=1e-6, rtol=0)
+
+    monkeypatch.undo()
+    argv += ["--out", str(tmp_path / "run")]
+    die_at_step(3, argv)
+    go(argv)
+    again = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert all(torch.equal(again[part][name], weight) for name, weight in state[part].items())
+
+
+@pytest.mark.parametrize("flags", [
+    "--predictor linear", "--predictor mlp --k 0", "--reg_weight 1 --reg vicreg --lam 0",
+    "--reg_weight 0.1 --reg sigreg", "--pool mean --layer 0", "--stp 0.1 --stp_form released --passes three",
+    "--target stopgrad --lam_warmup 0.5"])
+def test_runs_of_every_seam(small_run, tmp_path, flags):
+    """They train, and score as they were trained: eval.py finds predictor, pooling and layer again."""
+    result = go(small_run, *flags.split(), "--out", tmp_path / "run")
+    again = eval.score_run(tmp_path / "run", eval.EvalOptions(models=[], device="cpu"))
+    for name in ("cos_paired", "rank_pred", "alignment", "uniformity_enc", "p_end"):
+        assert again[name] == pytest.approx(result[name], abs=1e-12)
+    assert 0 < result["p_end"] < 1
+    tensors = (tmp_path / "run" / "predictor.safetensors").exists()
+    assert tensors == ("--predictor" in flags)
+    assert "predictor" not in str((tmp_path / "run" / "model.safetensors").read_bytes()[:4000])
+
+
+def test_lam_rises():
+    c = train.Config(lam=2.0, lam_warmup=0.5)
+    assert [train.weights_of_terms(c, share)["jepa"] for share in (0, 0.25, 0.5, 0.9)] == [0, 1, 2, 2]
+    assert train.weights_of_terms(train.Config())["jepa"] == 1
+
+
+def test_a_layer_that_is_not_there(small_run, tmp_path):
+    with pytest.raises(BadInput, match="--layer 1: the model's blocks are 0 to 0"):
+        go(small_run, "--layer", 1, "--out", tmp_path / "run")
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
