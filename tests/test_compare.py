@@ -1,11 +1,13 @@
 """experiments/compare.py: seeds together, variants apart, differences with honest intervals."""
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from test_settings import NewConfig
+from test_train import go
 
 import train
 from experiments import compare as program
@@ -101,6 +103,20 @@ def test_what_changes_no_result_makes_no_variant():
                     "b": plain(2, [1, 0], out="y", data_dir="z", dtype="bfloat16", test_file="w")
                     | {"dtype": "bfloat16"}})
     assert [row["seeds"] for row in rows] == [[1, 2]]
+
+
+def test_the_same_files_under_other_names_are_the_same(pairs, chat_folder, tmp_path, monkeypatch):
+    """Two seeds are one variant, where data and base model lie elsewhere by now. (That a run goes on from
+    there: test_a_run_that_dies_goes_on, test_other_weights_under_the_same_name.)"""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pairs, "data"), shutil.copytree(chat_folder, "base")
+    rest = ["--test_file", str(pairs / "test.jsonl"), "--batch_size", "8", "--max_steps", "1", "--device",
+            "cpu", "--max_new_tokens", "4", "--format", "llama3"]
+    for seed, data, base in ((1, "data", "base"), (2, "./data", "./base/"), (3, pairs, chat_folder)):
+        go(["--dataset", f"{data}/train.jsonl", "--init_from", str(base), *rest],
+           "--seed", seed, "--out", seed)
+    variant, = variants_of({seed: read_result(seed) for seed in "123"})
+    assert sorted(variant.seeds) == [1, 2, 3]
 
 
 def test_names_leave_out_what_most_variants_share():

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -190,6 +191,22 @@ def test_generated_files(tmp_path, monkeypatch, capsys):
     other.write_text("")
     monkeypatch.setattr(nlrx, "__file__", str(other))
     assert len(load_dataset("nlrx_synth", tmp_path).test) == 2000 and len(calls) == 2
+
+
+def test_two_starts_in_one_folder_of_generated_data(tmp_path, monkeypatch):
+    """On a slow disk; one of the two renamed the other's half file, or found none to rename."""
+    pairs, replace, wrong = nlrx.generate(30, seed=0), os.replace, []
+    monkeypatch.setattr(nlrx, "generate", lambda n, seed: pairs)
+    monkeypatch.setattr(os, "replace", lambda a, b: time.sleep(0.2) or replace(a, b))
+
+    def start():
+        try:
+            assert len(datasets.read_jsonl(datasets.generated_files(tmp_path, 20, 10)["train"])) == 20
+        except Exception as error:
+            wrong.append(error)
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert not wrong and len(list(tmp_path.iterdir())) == 2
 
 
 # ---- downloads ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 that are cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
 import functools
 import http.server
+import io
 import json
 import os
 import pickle
@@ -27,9 +28,9 @@ from test_train import argv, assert_equal_runs, go, metrics, rows_of, untimed  #
 
 import eval
 import train
-from support import runs
-from support.files import BadInput, Interrupts, write_text
-from tasks import nlrx, scorers
+from support import distributed, runs
+from support.files import BadInput, Interrupts, main_guard, write_text
+from tasks import datasets, nlrx, scorers
 from tasks.datasets import git_blob_id
 
 
@@ -411,6 +412,82 @@ def test_the_network_is_for_downloads_alone(three_runs, tmp_path, monkeypatch):
     opens = re.compile(r"^ *(?:import|from) (?:urllib|http|socket|requests|ftplib)", re.MULTILINE)
     here = [path.relative_to(ROOT) for path in ROOT.glob("**/*.py") if opens.search(path.read_text())]
     assert [str(path) for path in here if path.parts[0] != "tests"] == ["tasks/datasets.py"]
+
+
+# ---- the surroundings --------------------------------------------------------------------------------------
+
+REST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("environ,rank,world,problem", [
+    ({}, 0, 1, ""), ({"RANK": "", "WORLD_SIZE": ""}, 0, 1, ""), ({"WORLD_SIZE": "1"}, 0, 1, ""),
+    ({"LOCAL_RANK": "0"}, 0, 1, ""), (REST | {"RANK": "1"}, 1, 2, ""),
+    ({"RANK": "0"}, 0, 1, "RANK set, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start the"),
+    (REST | {"RANK": "x"}, 0, 1, "RANK=x: not a number; torchrun sets it"),
+    ({"WORLD_SIZE": "-1"}, 0, 1, "WORLD_SIZE=-1: not a number"),
+    (REST | {"RANK": "2"}, 2, 2, "below WORLD_SIZE=2")])
+def test_what_torchrun_sets_or_would_not(environ, rank, world, problem):
+    found = distributed.read_environment(environ)
+    assert found[:2] == (rank, world) and bool(found[2]) == bool(problem) and problem in found[2]
+
+
+def test_a_world_size_alone_is_one_line(small_run, tmp_path):
+    reply = forks.run("train", [*small_run, "--out", tmp_path / "run"], env={"WORLD_SIZE": "2"})
+    assert reply.returncode == 2 and reply.stderr.startswith("error: WORLD_SIZE set, but not RANK")
+    assert reply.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_not_every_rank_sees(tmp_path):
+    with pytest.raises(BadInput, match="run.json: not seen by every rank; --out must be a folder that all"):
+        runs.Run(tmp_path / "here", {}, train.Config, {}, writes=False)
+
+
+def test_windows(small_run, tmp_path, monkeypatch):
+    """It has no pread and no fcntl, and its fsync wants a file that may be written."""
+    fcntl, fsync = pytest.importorskip("fcntl"), os.fsync
+
+    def strict(fd):
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", strict)
+    monkeypatch.delattr(os, "pread")
+    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(datasets.generated_files, "__defaults__", (40, 10))
+    go(["--dataset", "nlrx_synth", *small_run[4:], "--max_steps", "1"], "--data_dir", tmp_path / "data",
+       "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+def test_an_older_python_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit, match="2"), main_guard():
+        raise AssertionError("not before main()")
+    assert capsys.readouterr().err.startswith("error: needs Python 3.11 or newer; this is ")
+
+
+def test_an_output_that_has_no_such_letter(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with main_guard():
+        print("été 数")
+    assert out.buffer.getvalue() == rb"\xe9t\xe9 \u6570" + b"\n"
+
+
+@pytest.mark.parametrize("lines", [10, 10**6])
+def test_a_pipe_that_is_closed(lines):
+    """`python data.py show nlrx_synth | head -1` ended with a traceback."""
+    code = f"from support.files import main_guard\nwith main_guard():\n    for i in range({lines}): print(i)"
+    command = f'{sys.executable} -c "$CODE" | (read line; sleep 0.2); echo ${{PIPESTATUS[0]}}'
+    reply = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
+                           env=os.environ | {"CODE": code})
+    assert reply.stdout == ("0\n" if lines == 10 else "141\n") and reply.stderr == ""
+
+
+def test_an_output_that_is_closed():
+    code = "import sys\nfrom support.files import main_guard\nwith main_guard(): print(sys.stdout.isatty())"
+    reply = subprocess.run(["bash", "-c", f'{sys.executable} -c "$CODE" >&-'], cwd=ROOT, capture_output=True,
+                           text=True, env=os.environ | {"CODE": code})
+    assert (reply.returncode, reply.stderr) == (0, "")
 
 
 # ---- a long life -------------------------------------------------------------------------------------------

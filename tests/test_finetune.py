@@ -12,7 +12,7 @@ from test_train import assert_equal_runs, die_at_step, go, rows_of, steps_of, we
 
 import eval
 import train
-from data import ViewOptions, render_views
+from data import ViewOptions, render_prompt, render_views
 from model import Transformer
 from support.files import BadInput
 from support.tokenizer import Tokenizer
@@ -126,6 +126,46 @@ def test_from_a_run_to_another_task(talks, tmp_path):
         assert len(ended.get("pred_embedding", ())) == k
         for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):
             torch.testing.assert_close(ended[name], begun[name], atol=1e-6, rtol=0)
+
+
+def generated(folder, prompt: list[int], limit: int) -> list[int]:
+    """What transformers' generate() adds to the prompt, with the settings of the folder."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit,
+                          do_sample=False)[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("base", ["", "llama3", "chatml"])
+def test_transformers_answers_as_we_do(base, pairs, chat_folder, tmp_path, monkeypatch):
+    """It stops where ours stops: the end token of the format was no eos_token_id of the folder."""
+    transformers = pytest.importorskip("transformers")
+    rows = (pairs / "train.jsonl").read_text().splitlines(keepends=True)[:4]
+    (tmp_path / "four.jsonl").write_text("".join(rows))
+    shape = ["--init_from", str(chat_folder), "--format", base] if base else [
+        "--dim", "32", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "32", "--vocab_size", "300"]
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    result = go(["--dataset", "four.jsonl", "--test_file", "four.jsonl", *shape, "--batch_size", "4", "--lr",
+                 "1e-2", "--epochs", "60", "--checkpoint_every", "100", "--max_new_tokens", "30", "--device",
+                 "cpu", "--dtype", "float32", "--out", str(run)])
+    assert result["stopped"] == 1
+    model = Transformer.from_pretrained(run)
+    ours = Tokenizer.load(run, model.config.vocab_size, base or "auto")
+    theirs = transformers.AutoTokenizer.from_pretrained(run)
+    for row in map(json.loads, rows):
+        example = Example(row["text"], "")
+        (answer, stopped), = eval.answer_texts(model, ours, [example], 30)
+        prompt = render_prompt(example, ours)
+        added = generated(run, prompt, 30)
+        assert stopped and added == [*ours.encode(answer), ours.format.end]
+        if not base:
+            talk = [{"role": "user", "content": row["text"]}]
+            assert theirs.apply_chat_template(talk, return_dict=False, add_generation_prompt=True) == prompt
+            assert theirs.decode(added, skip_special_tokens=True) == answer
+    ends = json.loads((run / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == ([4, ours.format.end] if base else ours.format.end)
 
 
 def test_a_checkpoint_is_scored_before_any_training(talks, chat_folder, capsys, monkeypatch):
