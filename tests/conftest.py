@@ -1,9 +1,14 @@
 """Shared by the tests: the project's root on the path, where the published data may be, and a tiny model."""
+import contextlib
+import http.server
 import json
 import os
 import re
 import shutil
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch starts: tiny models are quicker on one thread
@@ -41,6 +46,29 @@ def jsonl(path, pairs):
     """A file of these pairs, read again."""
     path.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
     return read_jsonl(path)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@contextlib.contextmanager
+def serving(folder, cut: int | None = None, pause: float = 0):
+    """The address of a server of the folder's files. It sends at most `cut` bytes of what it announces, and
+    waits after each tenth of a file for `pause` seconds."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, target):
+            content = source.read()[:cut]
+            for tenth in range(10):
+                target.write(content[len(content) * tenth // 10:len(content) * (tenth + 1) // 10])
+                time.sleep(pause)
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

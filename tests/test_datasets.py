@@ -1,7 +1,5 @@
 """tasks/datasets.py: JSONL lines, splits, published and generated files, downloads that are cut or wrong."""
-import functools
 import hashlib
-import http.server
 import json
 import os
 import threading
@@ -11,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import SHARED_DATA, jsonl
+from conftest import SHARED_DATA, contents, jsonl, serving
 
 from support.files import BadInput
 from tasks import datasets, nlrx
@@ -226,44 +224,14 @@ def mirror(tmp_path, monkeypatch):
     return folder
 
 
-class Cutting(http.server.SimpleHTTPRequestHandler):
-    """Sends at most `self.server.cut` bytes of what it announces."""
-
-    def do_GET(self):
-        path = self.translate_path(self.path)
-        if not os.path.exists(path):
-            return self.send_error(404)
-        content = open(path, "rb").read()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[:self.server.cut])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(mirror):
-    """A running server of the mirror that cuts nothing yet, and its address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Cutting, directory=mirror)) as s:
-        s.cut = 999
-        threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
-        yield s, f"http://127.0.0.1:{s.server_port}"
-        s.shutdown()
-
-
-def contents(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_git_blob_id(tmp_path):
     (tmp_path / "a").write_bytes(b"hello\n")  # printf 'hello\n' | git hash-object --stdin
     assert git_blob_id(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
-def test_download(mirror, server, tmp_path, capsys):
-    download("nlrx_synth", tmp_path / "a", server[1] + "/")
+def test_download(mirror, tmp_path, capsys):
+    with serving(mirror) as address:
+        download("nlrx_synth", tmp_path / "a", address + "/")
     assert contents(tmp_path / "a") == contents(mirror)
     download("nlrx_synth", tmp_path / "a", "file:///nowhere")  # what is here and right is not fetched again
     assert "already here" in capsys.readouterr().out
@@ -271,26 +239,21 @@ def test_download(mirror, server, tmp_path, capsys):
     assert contents(tmp_path / "b") == contents(mirror)
 
 
-@pytest.mark.parametrize("cut", [0, 40])
-def test_a_download_that_is_cut_off_leaves_nothing(server, tmp_path, cut):
-    s, address = server
-    s.cut = cut
-    with pytest.raises(BadInput, match=f"small_train.jsonl: {cut} bytes that are not the published"):
-        download("nlrx_synth", tmp_path / "a", address)
-    assert contents(tmp_path / "a") == {}
-
-
-def test_a_bad_download_leaves_nothing(mirror, server, tmp_path):
-    (mirror / "small_test.jsonl").write_bytes(b"cut")
-    with pytest.raises(BadInput, match="small_test.jsonl: 3 bytes that are not the published file"):
-        download("nlrx_synth", tmp_path / "a", mirror.as_uri())
-    (mirror / "small_test.jsonl").unlink()
-    for address, message in ((server[1], "small_test.jsonl: HTTP Error 404"), ("file:///nowhere", "nowhere")):
+def test_a_bad_download_leaves_nothing(mirror, tmp_path):
+    def refused(address, message):
         with pytest.raises(BadInput, match=message):
             download("nlrx_synth", tmp_path / "a", address)
-    with pytest.raises(BadInput, match="small_train.jsonl: .*refused"):
-        download("nlrx_synth", tmp_path / "b", "http://127.0.0.1:9")
-    assert [*contents(tmp_path / "a")] == ["small_train.jsonl"] and contents(tmp_path / "b") == {}
+    with serving(mirror, cut=40) as address:
+        refused(address, "small_train.jsonl: 40 bytes that are not the published file")
+    refused("http://127.0.0.1:9", "small_train.jsonl: .*refused")
+    assert contents(tmp_path / "a") == {}
+    (mirror / "small_test.jsonl").write_bytes(b"cut")
+    refused(mirror.as_uri(), "small_test.jsonl: 3 bytes that are not the published file")
+    (mirror / "small_test.jsonl").unlink()
+    with serving(mirror) as address:
+        refused(address, "small_test.jsonl: HTTP Error 404")
+    refused("file:///nowhere", "nowhere")
+    assert [*contents(tmp_path / "a")] == ["small_train.jsonl"]
 
 
 def test_published_and_generated_files_are_never_mixed_up(mirror, tmp_path):

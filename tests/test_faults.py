@@ -1,7 +1,5 @@
 """What machines do to a run: kills at random moments, signals, a disk that is full from any write on, files
 that are cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
-import functools
-import http.server
 import io
 import json
 import os
@@ -23,7 +21,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, contents, serving
 from test_train import argv, assert_equal_runs, go, metrics, rows_of, untimed  # noqa: F401 (a fixture)
 
 import eval
@@ -87,34 +85,20 @@ def test_forty_kills_of_training_and_scoring(argv, tmp_path):  # noqa: F811
 def test_ten_kills_of_a_download(tmp_path):
     """From a server that takes half a second for a file. What they left is removed: temporary files got names
     of their own, and stayed."""
-    content = b"".join(b'{"text": "%d", "code": "c"}\n' % i for i in range(60_000))
     mirror, data, rng = tmp_path / "mirror", tmp_path / "data", random.Random(1)
     mirror.mkdir()
-    (mirror / "big.jsonl").write_bytes(content)
-
-    class Slow(http.server.SimpleHTTPRequestHandler):
-        def copyfile(self, source, target):
-            while chunk := source.read(len(content) // 10 + 1):
-                target.write(chunk)
-                time.sleep(0.05)
-
-        def log_message(self, *_):
-            pass
-    handler = functools.partial(Slow, directory=mirror)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        job = ("data", ["download", "nlrx_synth", "--data_dir", data, "--base_url",
-                        f"http://127.0.0.1:{server.server_port}"])
-        published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(mirror / "big.jsonl")]}}
+    (mirror / "big.jsonl").write_bytes(b"{}\n" * 600_000)
+    published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(mirror / "big.jsonl")]}}
+    with serving(mirror, pause=0.05) as address:
+        job = ("data", ["download", "nlrx_synth", "--data_dir", data, "--base_url", address])
         for _ in range(10):
             status = killed(rng.uniform(0.05, 0.4), *job, published=published)
             assert status == -signal.SIGKILL and not (data / "big.jsonl").exists()
         for left in temporary(data):  # an hour later, they are nobody's
             os.utime(left, times=(time.time() - 3601,) * 2)
         whole = forks.run(*job, published=published)
-        assert whole.returncode == 0, whole.stderr
-        server.shutdown()
-    assert (data / "big.jsonl").read_bytes() == content and not temporary(data)
+    assert whole.returncode == 0, whole.stderr
+    assert contents(data) == contents(mirror)
 
 
 # ---- asked to stop -----------------------------------------------------------------------------------------
@@ -259,10 +243,6 @@ HARM = {"cut": lambda path, _: path.write_bytes(path.read_bytes()[:path.stat().s
         "another program's": lambda path, _: torch.save({"model": {}}, path) if path.suffix == ".pt" else (
             path.write_text("{}\n")),
         "no checkpoint": lambda path, _: torch.save({} if path.suffix == ".pt" else [torch.ones(3)], path)}
-
-
-def contents(folder: Path) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("harm", HARM)
