@@ -19,9 +19,9 @@ from support.tokenizer import Tokenizer
 IDS = torch.randint(600, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
-def logits(model):
+def logits(model, ids=IDS):
     with torch.inference_mode():
-        return model.head(model(IDS)) if isinstance(model, Transformer) else model(IDS).logits
+        return model.head(model(ids)) if isinstance(model, Transformer) else model(ids).logits
 
 
 def load_theirs(folder):
@@ -157,9 +157,21 @@ def test_memory_of_loading(tmp_path):
 
 
 def test_a_preset_has_the_published_shape():
-    """llama-3.2-1b: 1,235,814,400 parameters, as its card says. tests/check_llama.py runs it."""
+    """llama-3.2-1b: 1,235,814,400 parameters, as its card says."""
     model = Transformer(ModelConfig(128_256, **PRESETS["llama-3.2-1b"]), seed=None)
     assert model.n_params() == 1_235_814_400 and model.device.type == "meta"
+
+
+@pytest.mark.slow
+def test_a_preset_at_full_size(tmp_path):
+    """Created, saved, loaded again, and read by transformers: 5 GB of disk, 10 GiB of memory."""
+    model = Transformer(ModelConfig(128_256, **PRESETS["llama-3.2-1b"]), k=1, seed=1)
+    model.save_pretrained(tmp_path)
+    for name, weight in Transformer.from_pretrained(tmp_path).named_parameters():
+        assert torch.equal(weight, named(model)[name]), name
+    ours = logits(model)
+    del model
+    torch.testing.assert_close(logits(load_theirs(tmp_path)), ours, atol=1e-4, rtol=0)
 
 
 # ---- damaged folders ---------------------------------------------------------------------------------------
