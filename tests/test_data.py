@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Sampler, ViewOptions, collate_fused, collate_three, fit, fit_splits, lay_out, loss_dropout
-from data import micro_batches, pack, picture, render_views, tube_positions
-from support import distributed
+from data import micro_batches, pack, render_views, tube_positions
 from support.files import BadInput
 from support.speed import prefetch
 from support.tokenizer import Tokenizer
@@ -252,28 +251,6 @@ def test_rows_with_and_without_views_are_not_padded_to_each_other():
     assert [batch.n_pairs for batch in step_of(examples, alpha=0.0, micro_batch=2)] == [2, 1]
 
 
-def test_ranks_share_a_step(monkeypatch):
-    """Each example is one rank's; the views that loss dropout leaves and the positions of the tube are those
-    of one process; a rank without examples has no batch."""
-    examples = [Example("a", code) for code in "vwxyz"]
-
-    def drawn(batches):
-        return sorted((batch.ids[i, 3].item(), at) for batch in batches
-                      for i, at in enumerate((batch.tube_at - batch.main_at).T.tolist()))
-    settings = dict(passes="three", stp=1.0)
-    whole, parts = step_of(examples, **settings), []
-    monkeypatch.setattr(distributed, "world", 7)
-    for rank in range(7):
-        monkeypatch.setattr(distributed, "rank", rank)
-        parts.append(step_of(examples, **settings))
-    assert list(map(len, parts)) == [1] * 5 + [0] * 2
-    parts = sum(parts, [])
-    assert drawn(whole) == drawn(parts)
-    found = [[row[1] for batch in batches if batch.enc_ids is not None for row in batch.enc_ids.tolist()]
-             for batches in (whole, parts)]
-    assert 0 < len(found[0]) < 5 and sorted(found[0]) == sorted(found[1])
-
-
 def test_prefetch():
     """In order, at most two ahead; an error goes up where its batch would be taken."""
     made = []
@@ -291,18 +268,6 @@ def test_prefetch():
 
 
 # ---- show --------------------------------------------------------------------------------------------------
-
-def test_picture():
-    lines = picture(collate_fused(views_of(SHORT), [True]), BYTES).splitlines()
-    assert lines[1:] == ["<|begin|>   0   0   0 a         #.......",
-                         "a           0   0   1 <|sep|>   ##......",
-                         "<|sep|>     1   0   2 x         ###.....",
-                         "x           1   0   3 <|end|>   ####....",
-                         "<|end|>     1   0   4           #####...",
-                         "[PRED1]     2   0   2           ##...#.. <- pred",
-                         "<|begin|>   3   3   0           ......#.",
-                         "x           3   3   1           ......## <- enc"]
-
 
 def test_show_command(tmp_path, monkeypatch, capsys):
     """The program, as a user starts it; a mistake is one line and status 2."""
