@@ -278,6 +278,7 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
     ("x --prompt a --data_dir b", "--data_dir has no effect with --prompt a"),
     ("x --dataset a.jsonl", "a dataset of your own needs --test_file"),
     ("x --dataset b --other_data --system c", "--system has no effect without --prompt; --other_data has no"),
+    ("x --dataset gsm8k --scorer regex", "--scorer has no effect with --dataset gsm8k"),
     ("x --format plain", "--format has no effect without --dataset"),
     ("x --embeddings --max_new_tokens 5 --dataset b", "--max_new_tokens has no effect with --embeddings")])
 def test_wrong_arguments(arguments, message, program, capsys):

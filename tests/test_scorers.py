@@ -8,7 +8,7 @@ from conftest import SHARED_DATA, peak
 import eval
 from eval import EvalOptions
 from support.files import BadInput
-from support.settings import parse_options, run_name
+from support.settings import run_name
 from tasks import scorers
 from tasks.datasets import Dataset, Example, read_jsonl
 from tasks.scorers import MAX_ROWS, OF_DATASET, SCORERS, any_of, check_databases, choice, final_answer
@@ -187,17 +187,6 @@ def test_every_dataset_has_its_scorer(data_dir, databases):
     assert {name: SCORERS[scorer][1] for name, scorer in OF_DATASET.items()} == {
         "nlrx_synth": same_language, "nlrx_turk": same_language, "gsm8k": final_answer, "spider": same_result,
         "rotten_tomatoes": choice, "yelp": choice, "hellaswag": choice, "nq_open": any_of}
-
-
-@pytest.mark.parametrize("flags,message", [
-    ("--dataset gsm8k --scorer regex", "--scorer has no effect with --dataset gsm8k"),
-    ("--dataset a.jsonl --test_file b --databases d", "--databases has no effect without --scorer"),
-    ("--dataset a.jsonl --test_file b --scorer x", "invalid choice: 'x'")])
-def test_flags_of_a_scorer(flags, message):
-    with pytest.raises(BadInput, match=message):
-        parse_config(flags.split())
-    with pytest.raises(BadInput, match=message):
-        parse_options(EvalOptions, ["run", *flags.split()], positional=("models",))
 
 
 def test_a_file_of_ones_own_with_a_scorer(pairs, small_run, tmp_path):
