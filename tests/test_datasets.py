@@ -6,6 +6,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,21 +20,6 @@ needs_published = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the publi
 
 
 # ---- lines -------------------------------------------------------------------------------------------------
-
-def test_every_form_of_a_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    talk = [{"role": role, "content": content} for role, content in
-            (("system", "s"), ("user", "tü"), ("assistant", "d"))]
-    path.write_text("\n".join(map(json.dumps, [
-        {"text": "t", "code": "c", "other": 1}, {"text": "t", "code": "c", "code_view": "w"},
-        {"text": "t", "code": "c", "text_view": "v", "code_view": "w"}, {"messages": talk},
-        {"messages": talk[1:], "text": [{"role": "user", "content": "v"}], "code": talk[1:]},
-        {"messages": talk[1:], "text": "not a list: ignored"}])))
-    assert list(read_jsonl(path)) == [
-        Example("t", "c", f"{path}:1"), Example("t", "c", f"{path}:2", code_view="w"),
-        Example("t", "c", f"{path}:3", text_view="v", code_view="w"), Example("tü", "d", f"{path}:4", "s"),
-        Example("tü", "d", f"{path}:5", text_view="v", code_view="d"), Example("tü", "d", f"{path}:6")]
-
 
 TALK = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
 
@@ -65,24 +51,31 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
 
 
-def test_layouts_of_others(tmp_path):
-    """TRL's, Alpaca's, ShareGPT's, content in parts; null is as no entry; a byte order mark is none of it."""
+def test_every_form_of_a_line(tmp_path):
+    """Ours, TRL's, Alpaca's, ShareGPT's, content in parts; null is as no entry; a byte order mark is none."""
+    system, user, assistant = ({"role": role, "content": content} for role, content in
+                               (("system", "s"), ("user", "tü"), ("assistant", "c")))
+    parts = {"role": "user", "content": [{"type": "text", "text": "t"}, {"type": "text", "text": "ü"}]}
+    talk, plain, instructed = [user, assistant], Example("tü", "c"), Example("tü", "c", system="s")
+    forms = [
+        ({"text": "tü", "code": "c", "other": 1, "messages": None, "text_view": None}, plain),
+        ({"text": "tü", "code": "c", "code_view": "w"}, replace(plain, code_view="w")),
+        ({"text": "tü", "code": "c", "text_view": "v", "code_view": "w"},
+         replace(plain, text_view="v", code_view="w")),
+        ({"messages": [system, *talk]}, instructed), ({"messages": [system, parts, assistant]}, instructed),
+        ({"messages": talk, "text": [{"role": "user", "content": "v"}], "code": talk},
+         replace(plain, text_view="v", code_view="c")),
+        ({"messages": talk, "text": "not a list: ignored"}, plain),
+        ({"prompt": "tü", "completion": "c"}, plain), ({"prompt": [user], "completion": [assistant]}, plain),
+        ({"prompt": [system, parts], "completion": [assistant]}, instructed),
+        ({"instruction": "tü", "output": "c"}, plain),
+        ({"instruction": "tü", "input": "", "output": "c"}, plain),
+        ({"instruction": "t", "input": "ü", "output": "c", "system": "s"}, replace(instructed, text="t\nü")),
+        ({"conversations": [{"from": "human", "value": "tü"}, {"from": "gpt", "value": "c"}]}, plain)]
     path = tmp_path / "a.jsonl"
-    user, assistant = {"role": "user", "content": "t"}, {"role": "assistant", "content": "c"}
-    parts = {"role": "user", "content": [{"type": "text", "text": "t"}, {"type": "text", "text": "u"}]}
-    path.write_text("\n".join(map(json.dumps, (
-        {"text": "t", "code": "c", "messages": None, "text_view": None}, {"prompt": "t", "completion": "c"},
-        {"prompt": [user], "completion": [assistant]}, {"instruction": "t", "output": "c"},
-        {"instruction": "t", "input": "", "output": "c"},
-        {"conversations": [{"from": "human", "value": "t"}, {"from": "gpt", "value": "c"}]}))),
-        encoding="utf-8-sig")
-    assert [(e.text, e.code, e.system, e.text_view) for e in read_jsonl(path)] == [("t", "c", "", "")] * 6
-    path.write_text("\n".join(map(json.dumps, (
-        {"messages": [{"role": "system", "content": "s"}, parts, assistant]},
-        {"prompt": [{"role": "system", "content": "s"}, parts], "completion": [assistant]},
-        {"instruction": "t", "input": "u", "output": "c", "system": "s"}))))
-    assert [(e.system, e.text, e.code) for e in read_jsonl(path)] == [
-        ("s", "tu", "c"), ("s", "tu", "c"), ("s", "t\nu", "c")]
+    path.write_text("\n".join(json.dumps(line) for line, _ in forms), encoding="utf-8-sig")
+    wanted = [replace(example, where=f"{path}:{i}") for i, (_, example) in enumerate(forms, 1)]
+    assert list(read_jsonl(path)) == wanted
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
