@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+from test_train import go
 
 import eval
-import train
 from data import ViewOptions, collate_fused, render_views
 from eval import EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
 from eval import score
@@ -242,18 +242,15 @@ def test_what_a_finished_run_is_asked(finished_run, program):
             program(finished_run, *arguments)
 
 
-def test_other_data_only_when_told(tmp_path, monkeypatch):
+def test_other_data_only_when_told(small_run, tmp_path, monkeypatch):
     """Generated and published data are never mixed up: a run is scored on its own files, unless told."""
     monkeypatch.setattr(nlrx, "generate", lambda n, seed: [(f"text {i}", f"code {i}") for i in range(60)])
     monkeypatch.setattr(datasets.generated_files, "__defaults__", (50, 10))
     monkeypatch.chdir(tmp_path)
     run, other = tmp_path / "run", tmp_path / "other"
-    train.train(train.parse_config([
-        "--data_dir", str(tmp_path / "mine"), "--dim", "16", "--n_layers", "1", "--n_heads", "1", "--ffn_dim",
-        "16", "--max_steps", "3", "--max_new_tokens", "3", "--n_train", "50", "--out", str(run), "--device",
-        "cpu"]))
+    go(small_run[4:], "--data_dir", tmp_path / "mine", "--out", run)
     own = (run / "eval.json").read_text()
-    result = eval.score_model(run, EvalOptions(dataset="nlrx_synth", max_new_tokens=3))
+    result = eval.score_model(run, EvalOptions(dataset="nlrx_synth", max_new_tokens=4))
     assert result["test"] == json.loads(own)["test"]
     assert not (tmp_path / "data").exists()  # a run's own data_dir is the default
     other.mkdir()

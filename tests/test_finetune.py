@@ -13,7 +13,6 @@ from test_model import named, small
 from test_train import assert_equal_runs, die_at_step, go, rows_of, steps_of, weights
 
 import eval
-import train
 from data import ViewOptions, render_prompt, render_views
 from model import Transformer
 from support.files import BadInput
@@ -251,15 +250,6 @@ def test_a_folder_that_is_no_checkpoint(argv, tmp_path):
         reply = forks.run("train", [*argv, *flags])
         assert reply.returncode == 2 and message in reply.stderr and reply.stderr.count("\n") == 1
         assert reply.stderr.startswith("error: ") and not (tmp_path / "run").exists()
-
-
-def test_defaults_of_fine_tuning():
-    """The paper's protocol; what the user gives wins; the run's name tells what is not the default."""
-    c = train.parse_config(["--init_from", "models/Llama"])
-    assert (c.lr, c.epochs, c.batch_size) == (2e-5, 4, 16) and c.out == "runs/nlrx_synth-from-Llama"
-    c = train.parse_config(["--init_from", "x", "--epochs", "2", "--lora_rank", "8"])
-    assert c.epochs == 2 and c.lora_dropout == 0.1 and c.out == "runs/nlrx_synth-from-x-lora_rank8-epochs2"
-    assert (train.parse_config([]).lr, train.parse_config([]).epochs) == (1e-3, 3)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------

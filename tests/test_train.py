@@ -23,14 +23,13 @@ from support.files import BadInput
 from support.tokenizer import Tokenizer, train_bpe
 from tasks.datasets import load_dataset
 
-TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
-        "--batch_size", "8", "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8"]
-
 
 def tiny_run(pairs, out) -> list[str]:
     """The command of a run of 20 steps, two epochs."""
     return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
-            "--out", str(out), "--device", "cpu", *TINY]
+            "--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
+            "--batch_size", "8", "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8",
+            "--device", "cpu", "--out", str(out)]
 
 
 @pytest.fixture
@@ -472,6 +471,10 @@ def test_defaults_are_the_paper_s_objective():
     assert (c.lr, c.epochs) == (1e-3, 3) and c.out == os.path.join("runs", "nlrx_synth")
     c = train.parse_config(["--lam", "0", "--seed", "23"])
     assert c.out == os.path.join("runs", "nlrx_synth-lam0-seed23")
+    c = train.parse_config(["--init_from", "models/Llama"])  # the paper's protocol; what the user gives wins
+    assert (c.lr, c.epochs, c.batch_size) == (2e-5, 4, 16) and c.out == "runs/nlrx_synth-from-Llama"
+    c = train.parse_config(["--init_from", "x", "--epochs", "2", "--lora_rank", "8"])
+    assert c.epochs == 2 and c.lora_dropout == 0.1 and c.out == "runs/nlrx_synth-from-x-lora_rank8-epochs2"
 
 
 def test_help_names_every_setting():
