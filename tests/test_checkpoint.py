@@ -1,10 +1,7 @@
 """Hugging Face folders: theirs read by us, ours read by them, and folders that are damaged."""
-import codecs
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from test_model import LLAMA3, named, small
 
 from model import PRESETS, ModelConfig, Transformer
 from support.files import BadInput
-from support.tokenizer import Tokenizer
 
 IDS = torch.randint(600, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -259,11 +255,3 @@ def test_damaged_shards_are_named(tmp_path):
              "is missing; is config.json another model's")):
         index.write_text(json.dumps({"weight_map": wrong}))
         assert_refused(tmp_path, match)
-
-
-def test_a_byte_order_mark_is_no_content(chat_folder, tmp_path):
-    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
-    assert Tokenizer.load(folder).ranks == Tokenizer.load(chat_folder).ranks
-    assert Transformer.from_pretrained(folder).config == Transformer.from_pretrained(chat_folder).config
