@@ -23,7 +23,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 from model import ModelConfig, Transformer  # noqa: E402
 from support import tokenizer as tokenizer_module  # noqa: E402
 from support.tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
-from tasks.datasets import Example, read_jsonl  # noqa: E402
+from tasks.datasets import PUBLISHED, Example, git_blob_id, read_jsonl  # noqa: E402
 from tasks.nlrx import generate  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
@@ -69,6 +69,21 @@ def serving(folder, cut: int | None = None, pause: float = 0):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of two small files that stands for the published one, as nlrx_synth and as spider."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    files = {}
+    for split in ("train", "test"):
+        path = folder / f"small_{split}.jsonl"
+        path.write_text(json.dumps({"text": split, "code": "c" * 60}) + "\n")
+        files[split] = (path.name, git_blob_id(path))
+    monkeypatch.setitem(PUBLISHED, "nlrx_synth", files)
+    monkeypatch.setitem(PUBLISHED, "spider", files)
+    return folder
 
 
 @pytest.fixture(scope="session")

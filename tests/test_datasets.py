@@ -202,21 +202,6 @@ def test_two_starts_in_one_folder_of_generated_data(tmp_path, monkeypatch):
 
 # ---- downloads ---------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A folder of two small files that stands for the published one, as nlrx_synth and as spider."""
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    files = {}
-    for split in ("train", "test"):
-        path = folder / f"small_{split}.jsonl"
-        path.write_text(json.dumps({"text": split, "code": "c" * 60}) + "\n")
-        files[split] = (path.name, git_blob_id(path))
-    monkeypatch.setitem(PUBLISHED, "nlrx_synth", files)
-    monkeypatch.setitem(PUBLISHED, "spider", files)
-    return folder
-
-
 def test_git_blob_id(tmp_path):
     (tmp_path / "a").write_bytes(b"hello\n")  # printf 'hello\n' | git hash-object --stdin
     assert git_blob_id(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"

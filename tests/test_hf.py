@@ -363,7 +363,6 @@ def test_a_whole_run(kind, flags, start, tmp_path, capsys):
         torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
         assert (base(ids).logits - theirs(ids).logits).abs().max() > 1e-3
     assert theirs.state_dict().keys() == base.state_dict().keys()
-    assert len(load_file(run / "pred_embedding.safetensors")["pred_embedding"]) == 1
     assert load_file(run / "pred_embedding.safetensors")["pred_embedding"].shape == (1, C)
     again = eval.score_run(run, eval.EvalOptions(device="cpu"))
     assert untimed(again) == untimed(result)
