@@ -184,10 +184,8 @@ def assert_refused(folder, match):
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
-    ({"rope_scaling": {"rope_type": "llama3"}}, "llama3 needs factor, .*: numbers above 0"),
     ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "freq_factors not equal"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, only 1.0"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, only 1.0"),
     ({"rope_scaling": ["linear"]}, "must be objects"),
     ({"hidden_size": "32"}, "hidden_size is '32'; it must be of type int, above 0 and"),
     ({"vocab_size": 10**15}, "vocab_size is 1000000000000000; it must be"),
@@ -241,8 +239,6 @@ def test_damaged_shards_are_named(tmp_path):
     entries, content, n = json.loads(index.read_text())["weight_map"], shards[1].read_bytes(), shards[1].name
     assert len(shards) > 2 and Transformer.from_pretrained(tmp_path).n_params() > 1000
 
-    shards[1].write_bytes(content[:50])
-    assert_refused(tmp_path, f"{n}: not a whole safetensors file")
     shards[1].write_bytes(shards[0].read_bytes())
     assert_refused(tmp_path, f"{n}: .*does not contain tensor")
     shards[1].unlink()

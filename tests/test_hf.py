@@ -242,8 +242,6 @@ def test_a_chat_template(name, tmp_path, library_tokenizer):
 
 @pytest.mark.parametrize("template,why", [
     ("{{ messages[0].content }}", "drops, doubles or changes a turn"),
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "drops, doubles or changes"),
-    ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "drops, doubles or changes"),
     ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "ends an answer with ''"),
     ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "not begin with a special token"),
     ("{{ ''.__class__ }}{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),

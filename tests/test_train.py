@@ -414,9 +414,9 @@ def test_a_moving_average_resumes_bit_for_bit(small_run, tmp_path, monkeypatch):
     argv += ["--out", str(tmp_path / "run")]
     die_at_step(3, argv)
     go(argv)
-    again = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    for part in ("model", "ema"):
-        assert all(torch.equal(again[part][name], weight) for name, weight in state[part].items())
+    again = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["ema"]
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    assert all(torch.equal(again[name], weight) for name, weight in state["ema"].items())
 
 
 @pytest.mark.parametrize("flags", [
