@@ -262,7 +262,6 @@ def test_other_data_only_when_told(mirror, small_run, tmp_path, monkeypatch):
     ("nowhere", "run.json: no such file; --dataset scores a model that is no run"),
     ("nowhere --prompt a", "config.json: no such file"),
     ("", "required: MODEL"), ("x --prom a", "unrecognized arguments: --prom"),
-    ("x --dataset nlrx_synth --n_test 0", "--n_test 0: must be 1 or more"),
     ("x --prompt a --data_dir b", "--data_dir has no effect with --prompt a"),
     ("x --dataset a.jsonl", "a dataset of your own needs --test_file"),
     ("x --dataset b --other_data --system c", "--system has no effect without --prompt; --other_data has no"),

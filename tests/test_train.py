@@ -27,9 +27,9 @@ from tasks.datasets import load_dataset
 def tiny_run(pairs, out) -> list[str]:
     """The command of a run of 20 steps, two epochs."""
     return ["--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"),
-            "--dim", "32", "--n_layers", "2", "--n_heads", "2", "--ffn_dim", "48", "--vocab_size", "300",
-            "--batch_size", "8", "--epochs", "2", "--log_every", "1", "--max_new_tokens", "8",
-            "--device", "cpu", "--out", str(out)]
+            "--out", str(out), "--device", "cpu", "--dim", "32", "--n_layers", "2", "--n_heads", "2",
+            "--ffn_dim", "48", "--vocab_size", "300", "--batch_size", "8", "--epochs", "2",
+            "--log_every", "1", "--max_new_tokens", "8"]
 
 
 @pytest.fixture
@@ -441,9 +441,14 @@ def test_lam_rises():
     assert train.weights_of_terms(train.Config())["jepa"] == 1
 
 
-def test_a_layer_that_is_not_there(small_run, tmp_path):
+def test_a_layer_that_is_not_there(small_run, finished_run, tmp_path):
     with pytest.raises(BadInput, match="--layer 1: the model's blocks are 0 to 0"):
         go(small_run, "--layer", 1, "--out", tmp_path / "run")
+    record = json.loads((finished_run / "run.json").read_text())
+    record["config"]["layer"] = 1
+    (finished_run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match="run.json: layer is 1, which the model does not have"):
+        eval.score_run(finished_run, eval.EvalOptions())
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
