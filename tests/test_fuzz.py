@@ -113,10 +113,6 @@ def run_folder(finished_run):
     return finished_run
 
 
-def read_examples(folder):
-    return [(e.text, e.code) for e in read_jsonl(folder / "x.jsonl")]
-
-
 def load(folder):
     return Transformer.from_pretrained(folder)
 
@@ -141,11 +137,11 @@ def resume(folder):
         run.restore(model, train.make_optimizer(model, train.Config()), 2)
 
 
-FILES = {"x.jsonl": read_examples, "run.json": summarize_and_begin_with_it, "metrics.jsonl": run_summary,
-         "state.pt": resume, "eval.json": lambda folder: comparison({"a": read_result(folder)}),
+FILES = {"x.jsonl": lambda folder: list(read_jsonl(folder / "x.jsonl")), "metrics.jsonl": run_summary,
+         "eval.json": lambda folder: comparison({"a": read_result(folder)}), "state.pt": resume,
+         "run.json": summarize_and_begin_with_it, "tokenizer.json": tokens,
          **dict.fromkeys(("config.json", "model.safetensors", "model.safetensors.index.json",
-                          "predictor.safetensors", "pred_embedding.safetensors"), load),
-         "tokenizer.json": tokens}
+                          "predictor.safetensors", "pred_embedding.safetensors"), load)}
 
 
 def fuzz(strategy, check, n: int) -> None:
