@@ -230,6 +230,9 @@ def test_settings_and_verdicts(name, n, run_folder, monkeypatch):
             (run_folder / "metrics.jsonl").write_bytes(metrics)
             (run_folder / "eval.json").write_text(json.dumps(result)) if name == "run.json" else None
     other = read_result(run_folder)
+    for setting in ("k", "layer", "n_train", "distance", "dataset", "compile"):
+        for value in HOSTILE:
+            check(({setting: value}, {}, [True]))
     changes = st.dictionaries(st.sampled_from(SETTINGS), NUMBERS, max_size=3)
     fuzz(st.tuples(changes, st.dictionaries(st.sampled_from(sorted(original)), NUMBERS, max_size=1),
                    st.lists(st.booleans(), min_size=1, max_size=30)), check, n)
