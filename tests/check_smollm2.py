@@ -9,7 +9,6 @@ all texts of all files from those of DIR/tokenizer.json read by `tokenizers` (0)
 transformers' apply_chat_template, as text and as ids (0), and the bits of a folder that is loaded and saved
 again (0); and terms of the loss, gradients (1e-5) and answers of --backend ours and transformers.
 """
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -108,13 +107,6 @@ def main(folder: Path, data_dir: Path) -> None:
         changed = sum(not torch.equal(before[name], after[name]) or before[name].dtype != after[name].dtype
                       for name in before) + len(before.keys() ^ after.keys())
         report(f"tensors changed by a round trip, of {len(before)}", changed, 0)
-        again = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
-        ids = torch.tensor([prompts[0]])
-        with torch.inference_mode():
-            worst = (again(ids).logits - theirs(ids).logits).abs().max().item()
-        report("largest difference of a logit after it", worst, 1e-5)
-        config = json.loads((Path(copy) / "config.json").read_text())
-        assert config["eos_token_id"] == json.loads((folder / "config.json").read_text())["eos_token_id"]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """Shared by the tests: the project's root on the path, where the published data may be, and a tiny model."""
+import contextlib
+import http.server
 import json
 import os
+import re
 import shutil
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch starts: tiny models are quicker on one thread
@@ -17,7 +23,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 from model import ModelConfig, Transformer  # noqa: E402
 from support import tokenizer as tokenizer_module  # noqa: E402
 from support.tokenizer import FORMAT_TOKENS, Tokenizer, train_bpe  # noqa: E402
-from tasks.datasets import Example, read_jsonl  # noqa: E402
+from tasks.datasets import PUBLISHED, Example, git_blob_id, read_jsonl  # noqa: E402
 from tasks.nlrx import generate  # noqa: E402
 
 PAIRS = [("lines with a vowel", "[AEIOUaeiou]"),
@@ -42,6 +48,44 @@ def jsonl(path, pairs):
     return read_jsonl(path)
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@contextlib.contextmanager
+def serving(folder, cut: int | None = None, pause: float = 0):
+    """The address of a server of the folder's files. It sends at most `cut` bytes of what it announces, and
+    waits after each tenth of a file for `pause` seconds."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, target):
+            content = source.read()[:cut]
+            for tenth in range(10):
+                target.write(content[len(content) * tenth // 10:len(content) * (tenth + 1) // 10])
+                time.sleep(pause)
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of two small files that stands for the published one, as nlrx_synth and as spider."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    files = {}
+    for split in ("train", "test"):
+        path = folder / f"small_{split}.jsonl"
+        path.write_text(json.dumps({"text": split, "code": "c" * 60}) + "\n")
+        files[split] = (path.name, git_blob_id(path))
+    monkeypatch.setitem(PUBLISHED, "nlrx_synth", files)
+    monkeypatch.setitem(PUBLISHED, "spider", files)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """Files of 80 and 12 pairs."""
@@ -49,6 +93,18 @@ def pairs(tmp_path_factory):
     rows = [{"text": f"the number {i} and then {'dog ' * (i % 5)}", "code": f"{i}[a-z]{{{i % 7},}}"}
             for i in range(92)]
     for name, part in (("train.jsonl", rows[:80]), ("test.jsonl", rows[80:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory):
+    """Files of 24 and 6 conversations with a system turn."""
+    folder = tmp_path_factory.mktemp("talks")
+    rows = [{"messages": [{"role": "system", "content": "Count."},
+                          {"role": "user", "content": f"the number {i} " + "dog " * (i % 4)},
+                          {"role": "assistant", "content": f"{i}[a-z]"}]} for i in range(30)]
+    for name, part in (("train.jsonl", rows[:24]), ("test.jsonl", rows[24:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
 
@@ -94,6 +150,24 @@ def tiny(tokenizer):
                 weight.mul_(8 if weight.dim() > 1 else 1)
         return model
     return make
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where /proc does not say."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if path.exists() else 0
+
+
+def peak(use) -> int:
+    """Bytes that use() takes at its peak, beyond what was held before; 0 where that cannot be measured."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return bool(use()) * 0
+    before = resident()
+    use()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 - before
 
 
 # ---- checkpoints of others, made by their own libraries ----------------------------------------------------

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -52,8 +51,8 @@ class Job:
 
 
 def start(program: str, argv: list, **options) -> Job:
-    """options: cwd; env, to be added; ignore, signals; max_file, bytes; full, (folder, n): no write call
-    succeeds in it from the n-th on; published, more of tasks.datasets.PUBLISHED."""
+    """options: cwd; env, to be added; ignore, signals; full, (folder, n): no write call succeeds in it from
+    the n-th on; published, more of tasks.datasets.PUBLISHED."""
     folder = Path(tempfile.mkdtemp(dir=server().folder))
     job = {"program": program, "argv": list(map(str, argv)), "folder": str(folder), **options}
     return Job(server().ask({"start": job}), folder)
@@ -103,9 +102,6 @@ def child(job: dict, programs: dict) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number in job.get("ignore", ()):
         signal.signal(number, signal.SIG_IGN)
-    if "max_file" in job:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file"], job["max_file"]))
     PUBLISHED.update(job.get("published", {}))
     sys.argv, status = [job["program"] + ".py", *job["argv"]], 0
     if "full" in job:

@@ -118,11 +118,3 @@ def test_tiktoken_encodes_by_the_same_merges(corpus):
         pieces = regex.findall(PATTERN, text)
         assert tokenizer.encode(text) == [i for piece in pieces for i in slow(piece.encode())]
     assert len(tokenizer.encode("lines with a vowel")) < len("lines with a vowel")
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.binary(min_size=1, max_size=40))  # tiktoken panics at an empty piece
-def test_tiktoken_encodes_random_bytes_by_them(tokenizer, content):
-    ids = tokenizer.encoding._encode_single_piece(content)
-    assert tuple(ids) == encode_slowly(content, tokenizer.ranks)
-    assert tokenizer.encoding.decode_bytes(ids) == content

@@ -1,10 +1,7 @@
 """Hugging Face folders: theirs read by us, ours read by them, and folders that are damaged."""
-import codecs
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +11,13 @@ from test_model import LLAMA3, named, small
 
 from model import PRESETS, ModelConfig, Transformer
 from support.files import BadInput
-from support.tokenizer import Tokenizer
 
 IDS = torch.randint(600, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
-def logits(model):
+def logits(model, ids=IDS):
     with torch.inference_mode():
-        return model.head(model(IDS)) if isinstance(model, Transformer) else model(IDS).logits
+        return model.head(model(ids)) if isinstance(model, Transformer) else model(ids).logits
 
 
 def load_theirs(folder):
@@ -76,8 +72,8 @@ def test_their_round_trip(shape, dtype, tmp_path):
 
 
 def test_old_and_sparse_configs(tmp_path):
-    """Keys that are missing have LlamaConfig's defaults; transformers 4 wrote rope entries of their own; old
-    exports carry rope tables and the tied head twice."""
+    """Keys that are missing have LlamaConfig's defaults; old exports carry rope tables and the tied head
+    twice."""
     theirs = llama_folder(tmp_path, tie_word_embeddings=True, num_key_value_heads=4,
                           max_position_embeddings=2048, rms_norm_eps=1e-6)
     path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
@@ -95,22 +91,15 @@ def test_old_and_sparse_configs(tmp_path):
     save_file(tensors, weights)
     with pytest.raises(BadInput, match="ties lm_head.weight to the embedding, but they differ"):
         Transformer.from_pretrained(tmp_path)
-    del tensors["lm_head.weight"]
-    save_file(tensors, weights)
-    old = {key: value for key, value in LLAMA3.items() if key != "rope_type"} | {"type": "llama3"}
-    path.write_text(json.dumps(sparse | {"rope_theta": 500.0, "rope_scaling": old}))
-    ours = Transformer.from_pretrained(tmp_path)
-    assert ours.config.rope_theta == 500.0 and ours.config.rope_scaling == LLAMA3
-    path.write_text(json.dumps(sparse | {"rope_theta": 500.0, "rope_scaling": LLAMA3}))
-    torch.testing.assert_close(logits(ours), logits(load_theirs(tmp_path)), atol=1e-5, rtol=0)
 
 
 SHORT = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+OLD = {{"rope_type": "type"}.get(key, key): value for key, value in LLAMA3.items()}  # transformers 4's
 
 
 @pytest.mark.parametrize("places,theta", [
     ({"rope_scaling": LLAMA3 | {"rope_theta": 500.0}}, 500.0),
-    ({"rope_scaling": {"type": "default", "rope_theta": 500.0}}, 500.0),
+    ({"rope_theta": 500.0, "rope_scaling": OLD}, 500.0),
     ({"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 500.0),
     ({"rope_theta": 100.0, "rope_parameters": {"rope_type": "default"}}, 100.0),
     ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 1e4),
@@ -164,9 +153,21 @@ def test_memory_of_loading(tmp_path):
 
 
 def test_a_preset_has_the_published_shape():
-    """llama-3.2-1b: 1,235,814,400 parameters, as its card says. tests/check_llama.py runs it."""
+    """llama-3.2-1b: 1,235,814,400 parameters, as its card says."""
     model = Transformer(ModelConfig(128_256, **PRESETS["llama-3.2-1b"]), seed=None)
     assert model.n_params() == 1_235_814_400 and model.device.type == "meta"
+
+
+@pytest.mark.slow
+def test_a_preset_at_full_size(tmp_path):
+    """Created, saved, loaded again, and read by transformers: 5 GB of disk, 10 GiB of memory."""
+    model = Transformer(ModelConfig(128_256, **PRESETS["llama-3.2-1b"]), k=1, seed=1)
+    model.save_pretrained(tmp_path)
+    for name, weight in Transformer.from_pretrained(tmp_path).named_parameters():
+        assert torch.equal(weight, named(model)[name]), name
+    ours = logits(model)
+    del model
+    torch.testing.assert_close(logits(load_theirs(tmp_path)), ours, atol=1e-4, rtol=0)
 
 
 # ---- damaged folders ---------------------------------------------------------------------------------------
@@ -179,33 +180,21 @@ def assert_refused(folder, match):
 
 @pytest.mark.parametrize("changes,match", [
     ({"model_type": "gpt2"}, "model_type is 'gpt2', only 'llama' is known"),
-    ({"model_type": None}, "model_type is None"),
     ({"attention_bias": True}, "attention_bias is True"), ({"mlp_bias": True}, "mlp_bias is True"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
-    ({"rope_scaling": {"rope_type": "llama3"}}, "llama3 needs factor, .*: numbers above 0"),
-    ({"rope_scaling": LLAMA3 | {"factor": -1}}, "llama3 needs factor, .*: numbers above 0"),
     ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "freq_factors not equal"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, only 1.0"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, only 1.0"),
     ({"rope_scaling": ["linear"]}, "must be objects"),
-    ({"rope_parameters": "abc"}, "must be objects"),
-    ({"rope_theta": 10**400}, "rope_theta is 1000"),
     ({"hidden_size": "32"}, "hidden_size is '32'; it must be of type int, above 0 and"),
     ({"vocab_size": 10**15}, "vocab_size is 1000000000000000; it must be"),
-    ({"vocab_size": None}, "vocab_size is None"),
     ({"vocab_size": 51}, r"model\.embed_tokens\.weight has shape \(50, 32\).*\(51, 32\)"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ({"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000; .* below 1000"),
     ({"num_hidden_layers": 999}, "fewer tensors than"),
     ({"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing"),
     ({"num_hidden_layers": 1}, r"unknown tensor model\.layers\.1"),
-    ({"num_attention_heads": True}, "num_attention_heads is True"),
     ({"num_key_value_heads": 3}, "num_key_value_heads must divide"),
     ({"head_dim": 7}, "head_dim be even"),
-    ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
-    ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
     ({"tie_word_embeddings": False}, r"tensor lm_head\.weight is missing"),
 ], ids=lambda value: str(value)[:40])
 def test_another_models_config_is_refused(changes, match, tmp_path):
@@ -223,32 +212,24 @@ MODEL, PRED = "model.safetensors", "pred_embedding.safetensors"
     ("config.json", None, "config.json: no such file"),
     (MODEL, None, f"{MODEL}: no such file; .*never from pickles like pytorch_model.bin"),
     (MODEL, b"", f"{MODEL}: not a whole safetensors file"),
-    (MODEL, slice(-100), f"{MODEL}: not a whole safetensors file"),
-    (MODEL, "a folder", f"{MODEL}: not a regular file"),
+    (MODEL, b"version https://git-lfs.github.com/spec/v1\n", f"{MODEL}: a Git LFS pointer, not the file"),
     (MODEL, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, r"is of type I8 \(quantized\?"),
     (MODEL, {"model.norm.weight": torch.ones(1, 32)}, r"norm.weight has shape \(1, 32\), .* says \(32,\)"),
     (MODEL, {"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight holds NaN or infinity"),
-    (MODEL, {"model.norm.weight": torch.full((32,), torch.inf).half()}, "NaN or infinity; its training"),
     (PRED, {"pred_embedding": -torch.ones(1, 32) / 0}, "pred_embedding holds NaN or infinity"),
     (PRED, {"other": torch.ones(1, 32)}, "does not contain tensor pred_embedding"),
-    (PRED, {"pred_embedding": torch.ones(1, 31)}, r"pred_embedding has shape \(1, 31\)"),
-    (PRED, {"pred_embedding": torch.ones(32)}, r"pred_embedding has shape \(32,\)"),
     (PRED, {"pred_embedding": torch.ones(0, 32)}, r"pred_embedding has shape \(0, 32\)"),
 ], ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_damaged_files_are_named(name, content, match, tmp_path):
-    """content: new bytes, the part that is left, other tensors, a folder in its place, or nothing."""
+    """content: new bytes, other tensors, or nothing."""
     Transformer(small(), k=1).save_pretrained(tmp_path)
     path = tmp_path / name
     if isinstance(content, dict):
         save_file((load_file(path) if name.startswith("model") else {}) | content, path)
-    elif isinstance(content, slice):
-        path.write_bytes(path.read_bytes()[content])
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
+    elif content is None:
         path.unlink()
-        if content == "a folder":
-            path.mkdir()
+    else:
+        path.write_bytes(content)
     assert_refused(tmp_path, match)
 
 
@@ -258,35 +239,15 @@ def test_damaged_shards_are_named(tmp_path):
     entries, content, n = json.loads(index.read_text())["weight_map"], shards[1].read_bytes(), shards[1].name
     assert len(shards) > 2 and Transformer.from_pretrained(tmp_path).n_params() > 1000
 
-    shards[1].write_bytes(content[:50])
-    assert_refused(tmp_path, f"{n}: not a whole safetensors file")
     shards[1].write_bytes(shards[0].read_bytes())
     assert_refused(tmp_path, f"{n}: .*does not contain tensor")
     shards[1].unlink()
     assert_refused(tmp_path, f"{n}: no such file")
     shards[1].write_bytes(content)
-    for wrong, match in [(None, "weight_map must name, for every tensor, a file of its folder"),
-                         *(({"a": name}, "weight_map must name") for name in (
-                             "../../evil.safetensors", "..", "", "a\nb.safetensors", "model.bin", 3)),
-                         ({name: shard for name, shard in entries.items() if shard != n},
-                          "is missing; is config.json another model's")]:
+    for wrong, match in (
+            (None, "weight_map must name, for every tensor, a file of its folder"),
+            *(({"a": name}, "weight_map must name") for name in ("../evil.safetensors", "a\nb", 3)),
+            ({name: shard for name, shard in entries.items() if shard != n},
+             "is missing; is config.json another model's")):
         index.write_text(json.dumps({"weight_map": wrong}))
         assert_refused(tmp_path, match)
-
-
-@pytest.mark.parametrize("name,read", [
-    ("model.safetensors", Transformer.from_pretrained), ("config.json", Transformer.from_pretrained),
-    ("tokenizer.json", Tokenizer.load)])
-def test_a_git_lfs_pointer_is_named(chat_folder, tmp_path, name, read):
-    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123456\n")
-    with pytest.raises(BadInput, match=f"{name}: a Git LFS pointer, not the file; run git lfs pull$"):
-        read(folder)
-
-
-def test_a_byte_order_mark_is_no_content(chat_folder, tmp_path):
-    folder = Path(shutil.copytree(chat_folder, tmp_path / "model"))
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
-    assert Tokenizer.load(folder).ranks == Tokenizer.load(chat_folder).ranks
-    assert Transformer.from_pretrained(folder).config == Transformer.from_pretrained(chat_folder).config

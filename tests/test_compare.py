@@ -1,16 +1,19 @@
 """experiments/compare.py: seeds together, variants apart, differences with honest intervals."""
 import json
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_settings import NewConfig
+from test_train import go
 
 import train
 from experiments import compare as program
 from experiments.compare import baseline_of, compare, comparison, paired_interval, read_result, variants_of
 from support.files import BadInput
-from support.settings import fill, opt
+from support.settings import fill
 from support.tables import to_hex
 
 RESULTS = ROOT / "experiments" / "results"
@@ -72,20 +75,6 @@ def test_interval_holds_the_truth_as_often_as_it_says(S, of_seeds, of_items):
     assert 0.92 <= held <= 0.98
 
 
-@pytest.mark.parametrize("S,of_seeds,least,most", [(3, 0.4, 0.6, 0.88), (5, 0.0, 0.97, 1)])
-def test_why_it_is_no_bootstrap(S, of_seeds, least, most):
-    """Over both seeds and items: too narrow where seeds differ, too wide where they do not."""
-    rng, trials, N, held = np.random.default_rng(0), 100, 1000, 0
-    for _ in range(trials):
-        a, b = draw_two_variants(rng, S, of_seeds, 0, N)
-        seeds = rng.multinomial(S, np.full(S, 1 / S), 100) / S  # how often each is drawn, 100 times
-        items = rng.multinomial(N, np.full(N, 1 / N), 100) / N
-        low, high = np.quantile((seeds @ (a.astype(float) - b) * items).sum(1), [0.025, 0.975])
-        held += low <= 0 <= high
-    print(f"{held / trials:.1%} of {trials}")
-    assert least <= held / trials <= most
-
-
 # ---- variants and their baselines --------------------------------------------------------------------------
 
 def test_seeds_are_one_variant_and_differences_are_paired():
@@ -114,6 +103,20 @@ def test_what_changes_no_result_makes_no_variant():
                     "b": plain(2, [1, 0], out="y", data_dir="z", dtype="bfloat16", test_file="w")
                     | {"dtype": "bfloat16"}})
     assert [row["seeds"] for row in rows] == [[1, 2]]
+
+
+def test_the_same_files_under_other_names_are_the_same(pairs, chat_folder, tmp_path, monkeypatch):
+    """Two seeds are one variant, where data and base model lie elsewhere by now. (That a run goes on from
+    there: test_a_run_that_dies_goes_on, test_other_weights_under_the_same_name.)"""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pairs, "data"), shutil.copytree(chat_folder, "base")
+    rest = ["--test_file", str(pairs / "test.jsonl"), "--batch_size", "8", "--max_steps", "1", "--device",
+            "cpu", "--max_new_tokens", "4", "--format", "llama3"]
+    for seed, data, base in ((1, "data", "base"), (2, "./data", "./base/"), (3, pairs, chat_folder)):
+        go(["--dataset", f"{data}/train.jsonl", "--init_from", str(base), *rest],
+           "--seed", seed, "--out", seed)
+    variant, = variants_of({seed: read_result(seed) for seed in "123"})
+    assert sorted(variant.seeds) == [1, 2, 3]
 
 
 def test_names_leave_out_what_most_variants_share():
@@ -181,24 +184,15 @@ def committed(*patterns):
             for path in sorted(RESULTS.glob(f"{pattern}/eval.json"))}
 
 
-@pytest.fixture(params=["today's settings", "and one more"])
-def settings(request, monkeypatch):
-    @dataclass
-    class Newer(train.Config):
-        """As somebody adds a flag."""
-        margin: float = opt(0.0, "of a new kind of optimizer", group="optimization")
-
-    if request.param == "and one more":
-        monkeypatch.setattr(train, "Config", Newer)
-
-
+@pytest.mark.parametrize("config", [train.Config, NewConfig])
 @pytest.mark.parametrize("patterns,variants,baselines", [
     (["stopping/*"], 6, 4), (["equal/*", "stopping/jepa-train_eos-*"], 3, 2), (["search_synth/*"], 10, 9),
     (["search_turk/*", "turk_choice/epochs8"], 12, 11), (["chosen/turk-*", "turk/*"], 3, 2),
     (["chosen/synth-*", "stopping/plain-train_eos-*"], 2, 1), (["overfit/*"], 2, 1), (["transfer/*"], 2, 0)])
-def test_committed_results_find_their_baselines(settings, patterns, variants, baselines):
+def test_committed_results_find_their_baselines(patterns, variants, baselines, config, monkeypatch):
     """They are of older versions (view2, match_flops, objective), and a new flag at its default changes
     nothing: an old run and one of today are one variant."""
+    monkeypatch.setattr(train, "Config", config)
     results = committed(*patterns)
     found = variants_of(results)
     assert len(found) == variants and sum(baseline_of(v, found) is not None for v in found) == baselines
@@ -235,10 +229,8 @@ def test_shares_are_counted_from_the_items(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [
-    {"n": 20}, {"n": "9"}, {"n": -9}, {"items": {"exact": 3}}, {"items": {"exact": "0g00"}}, {"items": []},
-    {"config": {}}, {"config": None}, {"config": {"seed": "1"}},
-    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": "high"},
-    {"rank_enc": 10**400}, {"trained": {"examples": 1, "flops": [], "seconds": 1}}])
+    {"n": 20}, {"n": "9"}, {"items": {"exact": "0g00"}}, {"items": []}, {"config": {}},
+    {"config": {"seed": 1, "lam_warmup": "x"}}, {"trained": {}}, {"rank_enc": 10**400}])
 def test_damaged_results_are_refused(tmp_path, changed):
     with pytest.raises(BadInput, match="run/eval.json: damaged, or not written by"):
         read_result(stored(tmp_path / "run", **changed))
@@ -248,15 +240,14 @@ def test_damaged_results_are_refused(tmp_path, changed):
 
 # ---- the program -------------------------------------------------------------------------------------------
 
-def test_the_table_of_real_runs(pairs, tmp_path, monkeypatch, capsys):
+def test_the_table_of_real_runs(small_run, tmp_path, monkeypatch, capsys):
     """JEPA, plain training, and plain training with as many FLOPs; and their numbers as JSON."""
     folders = {name: tmp_path / name for name in ("jepa", "plain", "equal")}
+    at = small_run.index("--max_steps")
+    argv = small_run[:at] + small_run[at + 2:]
 
     def run(name, *flags):
-        train.train(train.parse_config([
-            "--dataset", str(pairs / "train.jsonl"), "--test_file", str(pairs / "test.jsonl"), "--dim", "16",
-            "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "16", "--vocab_size", "260", "--batch_size",
-            "16", "--max_new_tokens", "4", "--device", "cpu", "--out", str(folders[name]), *flags]))
+        train.train(train.parse_config([*argv, "--out", str(folders[name]), *flags]))
         return json.loads((folders[name] / "eval.json").read_text())["trained"]["flops"]
 
     flops = run("jepa", "--epochs", "1")

@@ -1,7 +1,6 @@
 """data.py: rendered pairs as literals, trees, batches, which pairs a step takes."""
 import runpy
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Sampler, ViewOptions, collate_fused, collate_three, fit, fit_splits, lay_out, loss_dropout
-from data import micro_batches, pack, picture, render_views, tube_positions
-from support import distributed
+from data import micro_batches, pack, render_views, tube_positions
 from support.files import BadInput
 from support.speed import prefetch
 from support.tokenizer import Tokenizer
@@ -58,18 +56,6 @@ def test_views_that_show_other_texts():
     only, = views_of(Example("ab", "xyz", text_only=True), ntp_on="code")
     assert (only.main, only.labels) == ([BEGIN, A, B, END], [A, B, END, -100])
     assert (only.stem, only.enc) == ([BEGIN, A, B], [BEGIN, X, Y, Z])
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_views_in_a_chat_format(reverse):
-    """A view is one turn with its role's opening, without its end and the system turn; reversed, too."""
-    chat = Tokenizer(BYTES.ranks, special={"<|im_start|>": 256, "<|im_end|>": 257}, vocab_size=258)
-    views = render_views(replace(PAIR, system="s"), chat, ViewOptions(2, reverse=reverse))
-    user, assistant = [256, *b"user\n", A, B], [256, *b"assistant\n", X, Y, Z]
-    assert (views.stem, views.enc) == ((assistant, user) if reverse else (user, assistant))
-    assert views.preds == [258, 259]
-    assert views.main == [256, *b"system\ns", 257, *b"\n", *user, 257, *b"\n", *assistant, 257,
-                          *b"\n"]
 
 
 def tree_of(**options):
@@ -180,16 +166,6 @@ def test_packing_loses_nothing(lengths, row_len):
     assert all(sum(lengths[i] for i in row) <= row_len or len(row) == 1 for row in rows)
 
 
-def test_segments_are_unique_in_a_row(tokenizer, examples):
-    """A segment number is one run of tokens: no pad and no neighbour shares it."""
-    views = [render_views(e, tokenizer) for e in examples]
-    batch = collate_fused(views, [True, False, True, True, False], 150)
-    assert len(batch.ids) > 1
-    for row in batch.segment.tolist():
-        changes = [s for i, s in enumerate(row) if i == 0 or row[i - 1] != s]
-        assert len(changes) == len(set(changes))
-
-
 @given(st.lists(st.integers(3, 50), min_size=1, max_size=20), st.integers(0, 2**32))
 def test_tube_positions_are_three_of_each_main_in_order(lengths, seed):
     starts = 60 * np.arange(len(lengths))
@@ -275,28 +251,6 @@ def test_rows_with_and_without_views_are_not_padded_to_each_other():
     assert [batch.n_pairs for batch in step_of(examples, alpha=0.0, micro_batch=2)] == [2, 1]
 
 
-def test_ranks_share_a_step(monkeypatch):
-    """Each example is one rank's; the views that loss dropout leaves and the positions of the tube are those
-    of one process; a rank without examples has no batch."""
-    examples = [Example("a", code) for code in "vwxyz"]
-
-    def drawn(batches):
-        return sorted((batch.ids[i, 3].item(), at) for batch in batches
-                      for i, at in enumerate((batch.tube_at - batch.main_at).T.tolist()))
-    settings = dict(passes="three", stp=1.0)
-    whole, parts = step_of(examples, **settings), []
-    monkeypatch.setattr(distributed, "world", 7)
-    for rank in range(7):
-        monkeypatch.setattr(distributed, "rank", rank)
-        parts.append(step_of(examples, **settings))
-    assert list(map(len, parts)) == [1] * 5 + [0] * 2
-    parts = sum(parts, [])
-    assert drawn(whole) == drawn(parts)
-    found = [[row[1] for batch in batches if batch.enc_ids is not None for row in batch.enc_ids.tolist()]
-             for batches in (whole, parts)]
-    assert 0 < len(found[0]) < 5 and sorted(found[0]) == sorted(found[1])
-
-
 def test_prefetch():
     """In order, at most two ahead; an error goes up where its batch would be taken."""
     made = []
@@ -314,18 +268,6 @@ def test_prefetch():
 
 
 # ---- show --------------------------------------------------------------------------------------------------
-
-def test_picture():
-    lines = picture(collate_fused(views_of(SHORT), [True]), BYTES).splitlines()
-    assert lines[1:] == ["<|begin|>   0   0   0 a         #.......",
-                         "a           0   0   1 <|sep|>   ##......",
-                         "<|sep|>     1   0   2 x         ###.....",
-                         "x           1   0   3 <|end|>   ####....",
-                         "<|end|>     1   0   4           #####...",
-                         "[PRED1]     2   0   2           ##...#.. <- pred",
-                         "<|begin|>   3   3   0           ......#.",
-                         "x           3   3   1           ......## <- enc"]
-
 
 def test_show_command(tmp_path, monkeypatch, capsys):
     """The program, as a user starts it; a mistake is one line and status 2."""

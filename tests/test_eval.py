@@ -1,25 +1,25 @@
 """eval.py: cached answers equal uncached ones, scores count what its docstring says, collapse is seen."""
 import json
+import math
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from test_train import go, untimed
 
 import eval
-import train
 from data import ViewOptions, collate_fused, render_views
-from eval import EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate
-from eval import score
+from eval import EvalOptions, analyse, answer_texts, collapse_report, embed_pairs, evaluate, score
 from jepa_loss import dense_mask, gather
 from model import KVCache
 from support.distributed import pick_device
 from support.files import BadInput, main_guard
 from support.generation import Answer, generate, generate_slow
-from support.geometry import linear_map_error, rank_me
+from support.geometry import alignment, linear_map_error, rank_me, uniformity
 from support.tables import from_hex, table, to_hex
 from tasks import datasets, nlrx, regexes
-from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id
+from tasks.datasets import Dataset, Example
 from tasks.scorers import scorer_of
 
 # ---- generation --------------------------------------------------------------------------------------------
@@ -158,6 +158,14 @@ def test_rank_me_by_hand():
     assert rank_me(torch.ones(5, 7)) == pytest.approx(1, abs=1e-4)
 
 
+def test_uniformity_and_alignment_by_hand():
+    x = torch.tensor([[1.0, 0], [0, 2], [-3, 0]])
+    y = torch.tensor([[5.0, 0], [1, 0], [0, 1]])
+    assert alignment(x, y) == pytest.approx((0 + 2 + 2) / 3)
+    assert uniformity(x) == pytest.approx(math.log((math.exp(-4) * 2 + math.exp(-8)) / 3))
+    assert uniformity(x[:1].repeat(4, 1)) == pytest.approx(0)
+
+
 def test_error_of_a_linear_map():
     """Nothing for an affine function, little more than the noise's share with noise, 1 and more for
     mismatched pairs."""
@@ -213,8 +221,7 @@ def test_what_a_finished_run_is_asked(finished_run, program):
     """Its score again, its embeddings, an answer, another dataset."""
     own = json.loads((finished_run / "eval.json").read_text())
     shown = program(finished_run)
-    assert json.loads((finished_run / "eval.json").read_text()) == own | {
-        "seconds": json.loads((finished_run / "eval.json").read_text())["seconds"]}
+    assert untimed(json.loads((finished_run / "eval.json").read_text())) == untimed(own)
     assert shown.count("\n|") == 3 and "| exact |" in shown
     before = (finished_run / "eval.json").read_text()
     program(finished_run, "--max_new_tokens", 2)  # another limit's score is shown, not kept
@@ -250,46 +257,20 @@ def test_scores_in_bfloat16(finished_run, chat_folder):
         assert [len(answer.ids) for answer in generate(model, prompts, -1, 70)] == [70, 70]
 
 
-def test_folders_that_are_no_finished_run(finished_run):
-    """A run.json without the settings that scoring asks for was a KeyError."""
-    run = json.loads((finished_run / "run.json").read_text())
-    for gone, message in (("eval.json", "training is not finished"),
-                          ("run.json", "run.json: no such file; --dataset scores a model that is no run")):
-        (finished_run / gone).unlink()
-        with pytest.raises(BadInput, match=message):
-            eval.score_run(finished_run, EvalOptions())
-    text_for_number = run | {"config": run["config"] | {"n_train": "1"}}
-    for record, message in (({"config": {}}, "damaged, or not written by this program"),
-                            (text_for_number, "n_train is '1', which this setting cannot be")):
-        (finished_run / "run.json").write_text(json.dumps(record))
-        with pytest.raises(BadInput, match=f"run.json: {message}"):
-            eval.score_run(finished_run, EvalOptions())
-
-
-def test_other_data_only_when_told(tmp_path, monkeypatch):
+def test_other_data_only_when_told(mirror, small_run, tmp_path, monkeypatch):
     """Generated and published data are never mixed up: a run is scored on its own files, unless told."""
     monkeypatch.setattr(nlrx, "generate", lambda n, seed: [(f"text {i}", f"code {i}") for i in range(60)])
     monkeypatch.setattr(datasets.generated_files, "__defaults__", (50, 10))
     monkeypatch.chdir(tmp_path)
-    run, other = tmp_path / "run", tmp_path / "other"
-    train.train(train.parse_config([
-        "--data_dir", str(tmp_path / "mine"), "--dim", "16", "--n_layers", "1", "--n_heads", "1", "--ffn_dim",
-        "16", "--max_steps", "3", "--max_new_tokens", "3", "--n_train", "50", "--out", str(run), "--device",
-        "cpu"]))
+    run = tmp_path / "run"
+    go(small_run[4:], "--data_dir", tmp_path / "mine", "--out", run)
     own = (run / "eval.json").read_text()
-    result = eval.score_model(run, EvalOptions(dataset="nlrx_synth", max_new_tokens=3))
+    result = eval.score_model(run, EvalOptions(dataset="nlrx_synth", max_new_tokens=4))
     assert result["test"] == json.loads(own)["test"]
     assert not (tmp_path / "data").exists()  # a run's own data_dir is the default
-    other.mkdir()
-    files = {}
-    for split in ("train", "test"):
-        path = other / f"{split}.jsonl"
-        path.write_text("\n".join(json.dumps({"text": f"{split} {i}", "code": "x"}) for i in range(60)))
-        files[split] = (path.name, git_blob_id(path))
-    monkeypatch.setitem(PUBLISHED, "nlrx_synth", files)
     with pytest.raises(BadInput, match="trained on generated data, but .*--other_data"):
-        eval.score_run(run, EvalOptions(data_dir=str(other)))
-    assert eval.score_run(run, EvalOptions(data_dir=str(other), other_data=True))["n"] == 60
+        eval.score_run(run, EvalOptions(data_dir=str(mirror)))
+    assert eval.score_run(run, EvalOptions(data_dir=str(mirror), other_data=True))["n"] == 1
     assert json.loads((run / "eval_on_published.json").read_text())["source"] == "published"
     assert (run / "eval.json").read_text() == own
 
@@ -298,15 +279,10 @@ def test_other_data_only_when_told(tmp_path, monkeypatch):
     ("nowhere", "run.json: no such file; --dataset scores a model that is no run"),
     ("nowhere --prompt a", "config.json: no such file"),
     ("", "required: MODEL"), ("x --prom a", "unrecognized arguments: --prom"),
-    ("x --max_new_tokens 0", "--max_new_tokens 0: must be 1 or more"),
-    ("x --dataset nlrx_synth --n_test 0", "--n_test 0: must be 1 or more"),
     ("x --prompt a --data_dir b", "--data_dir has no effect with --prompt a"),
-    ("x --prompt a --dataset b", "--prompt has no effect with --dataset b"),
-    ("x --dataset nlrx_synth --test_file b", "--test_file has no effect with --dataset nlrx_synth"),
-    ("x --dataset a.jsonl --data_dir b", "--data_dir has no effect with --dataset a.jsonl"),
     ("x --dataset a.jsonl", "a dataset of your own needs --test_file"),
     ("x --dataset b --other_data --system c", "--system has no effect without --prompt; --other_data has no"),
-    ("x --n_test 5 --on_long drop", "--n_test has no effect without --dataset; --on_long has no effect"),
+    ("x --dataset gsm8k --scorer regex", "--scorer has no effect with --dataset gsm8k"),
     ("x --format plain", "--format has no effect without --dataset"),
     ("x --embeddings --max_new_tokens 5 --dataset b", "--max_new_tokens has no effect with --embeddings")])
 def test_wrong_arguments(arguments, message, program, capsys):

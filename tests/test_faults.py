@@ -1,7 +1,6 @@
 """What machines do to a run: kills at random moments, signals, a disk that is full from any write on, files
 that are cut, emptied, lost or another run's, two runs in one folder, numbers that are none."""
-import functools
-import http.server
+import io
 import json
 import os
 import pickle
@@ -22,14 +21,14 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, contents, serving
 from test_train import argv, assert_equal_runs, go, metrics, rows_of, untimed  # noqa: F401 (a fixture)
 
 import eval
 import train
-from support import runs
-from support.files import BadInput, Interrupts, write_text
-from tasks import nlrx, scorers
+from support import distributed, runs
+from support.files import BadInput, Interrupts, main_guard, write_text
+from tasks import datasets, scorers
 from tasks.datasets import git_blob_id
 
 
@@ -86,34 +85,20 @@ def test_forty_kills_of_training_and_scoring(argv, tmp_path):  # noqa: F811
 def test_ten_kills_of_a_download(tmp_path):
     """From a server that takes half a second for a file. What they left is removed: temporary files got names
     of their own, and stayed."""
-    content = b"".join(b'{"text": "%d", "code": "c"}\n' % i for i in range(60_000))
     mirror, data, rng = tmp_path / "mirror", tmp_path / "data", random.Random(1)
     mirror.mkdir()
-    (mirror / "big.jsonl").write_bytes(content)
-
-    class Slow(http.server.SimpleHTTPRequestHandler):
-        def copyfile(self, source, target):
-            while chunk := source.read(len(content) // 10 + 1):
-                target.write(chunk)
-                time.sleep(0.05)
-
-        def log_message(self, *_):
-            pass
-    handler = functools.partial(Slow, directory=mirror)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        job = ("data", ["download", "nlrx_synth", "--data_dir", data, "--base_url",
-                        f"http://127.0.0.1:{server.server_port}"])
-        published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(mirror / "big.jsonl")]}}
+    (mirror / "big.jsonl").write_bytes(b"{}\n" * 600_000)
+    published = {"nlrx_synth": {"train": ["big.jsonl", git_blob_id(mirror / "big.jsonl")]}}
+    with serving(mirror, pause=0.05) as address:
+        job = ("data", ["download", "nlrx_synth", "--data_dir", data, "--base_url", address])
         for _ in range(10):
             status = killed(rng.uniform(0.05, 0.4), *job, published=published)
             assert status == -signal.SIGKILL and not (data / "big.jsonl").exists()
         for left in temporary(data):  # an hour later, they are nobody's
             os.utime(left, times=(time.time() - 3601,) * 2)
         whole = forks.run(*job, published=published)
-        assert whole.returncode == 0, whole.stderr
-        server.shutdown()
-    assert (data / "big.jsonl").read_bytes() == content and not temporary(data)
+    assert whole.returncode == 0, whole.stderr
+    assert contents(data) == contents(mirror)
 
 
 # ---- asked to stop -----------------------------------------------------------------------------------------
@@ -131,7 +116,7 @@ def started(command, run: Path, **options) -> forks.Job:
 def test_asked_to_stop(argv, tmp_path):  # noqa: F811
     """By Ctrl-C, a scheduler, a closed terminal, a job's time limit: it ends within 5 s, with a checkpoint of
     the last step and a line that says how to go on; in the end all is as if nothing had been."""
-    argv, run = [*argv, "--n_layers", "1", "--epochs", "24"], tmp_path / "run"
+    argv, run = [*argv, "--n_layers", "1", "--epochs", "48"], tmp_path / "run"
     assert forks.run("train", [*argv, "--out", tmp_path / "whole"]).returncode == 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         job = started(argv, run)
@@ -219,37 +204,6 @@ def test_the_disk_is_full_from_any_write_on(argv, tmp_path, at_most):  # noqa: F
     print(f"{calls} writes")
 
 
-def test_no_room_for_a_checkpoint(argv, tmp_path):  # noqa: F811
-    """One line, status 2, no half file; with room again, the run goes on. The limit on a file's size stands
-    for a full disk: the write call fails."""
-    argv, whole, run = [*argv, "--max_steps", "4"], tmp_path / "whole", tmp_path / "run"
-    assert forks.run("train", [*argv, "--out", whole]).returncode == 0
-    reply = forks.run("train", argv, max_file=(whole / "state.pt").stat().st_size // 2)
-    assert reply.returncode == 2 and reply.stderr.count("\n") == 1
-    assert reply.stderr.startswith(f"error: {run / 'state.pt'}: cannot be written")
-    assert not temporary(run)
-    assert forks.run("train", argv).returncode == 0
-    assert_equal_runs(whole, run)
-
-
-def test_no_room_for_the_second_checkpoint(argv, tmp_path, monkeypatch):  # noqa: F811
-    """The first one is untouched and the run goes on from it."""
-    save, calls, run = torch.save, [], tmp_path / "run"
-
-    def fails(state, path):
-        calls.append(state["step"])
-        save(state, path)
-        if len(calls) == 2:
-            path.write_bytes(path.read_bytes()[:100])
-            raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(OSError, match="No space left"):
-        go(argv, "--max_steps", 4, "--checkpoint_every", 2)
-    assert runs.load_state(run, torch.device("cpu"))["step"] == 2 and not temporary(run)
-    go(argv, "--max_steps", 4, "--checkpoint_every", 2)
-    assert calls == [2, 4, 4]
-
-
 # ---- damage ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -273,10 +227,6 @@ HARM = {"cut": lambda path, _: path.write_bytes(path.read_bytes()[:path.stat().s
         "no checkpoint": lambda path, _: torch.save({} if path.suffix == ".pt" else [torch.ones(3)], path)}
 
 
-def contents(folder: Path) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "state.pt"])
 def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
@@ -292,16 +242,6 @@ def test_a_harmed_unfinished_run(three_runs, tmp_path, name, harm):
         go(command, "--out", run)
     assert "\n" not in str(error.value)
     assert contents(run) == {"metrics.jsonl": b""} | before
-
-
-def test_a_checkpoint_and_metrics_of_another_seed(three_runs, tmp_path):
-    """They fit each other and the shapes of the model, but not run.json."""
-    folder, command = three_runs
-    run = tmp_path / "run"
-    shutil.copytree(folder / "seed", run, ignore=shutil.ignore_patterns("eval.json"))
-    shutil.copy(folder / "a" / "run.json", run)
-    with pytest.raises(BadInput, match="state.pt: of another run"):
-        go(command, "--out", run)
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "deleted"])
@@ -363,13 +303,6 @@ def test_a_folder_of_others(three_runs, tmp_path):
     assert not temporary(run)
 
 
-def test_the_same_seed_twice(three_runs, tmp_path):
-    folder, command = three_runs
-    go(command, "--out", tmp_path / "run")
-    assert_equal_runs(folder / "a", tmp_path / "run")
-    assert metrics(folder / "a") == metrics(tmp_path / "run")
-
-
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -416,23 +349,15 @@ def test_no_pickle_of_others_is_run(three_runs, tmp_path, monkeypatch):
             assert not bomb.exists()
 
 
-def test_no_link_is_followed_to_a_file_of_the_user(three_runs, tmp_path, monkeypatch):
+def test_no_link_is_followed_to_a_file_of_the_user(tmp_path, monkeypatch):
     """Temporary files had known names and were opened where they stood: `ln -s victim RUN/state.pt.tmp`, in a
-    folder that others can write to, had the next checkpoint overwrite the victim."""
-    _, command = three_runs
-    run, victim = tmp_path / "run", tmp_path / "victim"
-    run.mkdir()
-    victim.write_text("mine")
-    for name in ("run.json", "state.pt", "eval.json", "config.json", "model.safetensors", "tokenizer.json"):
-        (run / f"{name}.tmp").symlink_to(victim)
-    go(command, "--out", run)
-    assert victim.read_text() == "mine" and not temporary(run)
-    assert not any(path.is_symlink() for path in run.iterdir())
+    folder that others can write to, had the next checkpoint overwrite the victim. Not even a guess helps."""
+    (tmp_path / "victim").write_text("mine")
     monkeypatch.setattr(secrets, "token_hex", lambda n: "guessed")
-    (run / "notes.guessed.tmp").symlink_to(victim)
+    (tmp_path / "notes.guessed.tmp").symlink_to(tmp_path / "victim")
     with pytest.raises(FileExistsError):
-        write_text(run / "notes", "theirs")
-    assert victim.read_text() == "mine" and not (run / "notes").exists()
+        write_text(tmp_path / "notes", "theirs")
+    assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "notes").exists()
 
 
 def test_the_network_is_for_downloads_alone(three_runs, tmp_path, monkeypatch):
@@ -449,6 +374,82 @@ def test_the_network_is_for_downloads_alone(three_runs, tmp_path, monkeypatch):
     opens = re.compile(r"^ *(?:import|from) (?:urllib|http|socket|requests|ftplib)", re.MULTILINE)
     here = [path.relative_to(ROOT) for path in ROOT.glob("**/*.py") if opens.search(path.read_text())]
     assert [str(path) for path in here if path.parts[0] != "tests"] == ["tasks/datasets.py"]
+
+
+# ---- the surroundings --------------------------------------------------------------------------------------
+
+REST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("environ,rank,world,problem", [
+    ({}, 0, 1, ""), ({"RANK": "", "WORLD_SIZE": ""}, 0, 1, ""), ({"WORLD_SIZE": "1"}, 0, 1, ""),
+    ({"LOCAL_RANK": "0"}, 0, 1, ""), (REST | {"RANK": "1"}, 1, 2, ""),
+    ({"RANK": "0"}, 0, 1, "RANK set, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start the"),
+    (REST | {"RANK": "x"}, 0, 1, "RANK=x: not a number; torchrun sets it"),
+    ({"WORLD_SIZE": "-1"}, 0, 1, "WORLD_SIZE=-1: not a number"),
+    (REST | {"RANK": "2"}, 2, 2, "below WORLD_SIZE=2")])
+def test_what_torchrun_sets_or_would_not(environ, rank, world, problem):
+    found = distributed.read_environment(environ)
+    assert found[:2] == (rank, world) and bool(found[2]) == bool(problem) and problem in found[2]
+
+
+def test_a_world_size_alone_is_one_line(small_run, tmp_path):
+    reply = forks.run("train", [*small_run, "--out", tmp_path / "run"], env={"WORLD_SIZE": "2"})
+    assert reply.returncode == 2 and reply.stderr.startswith("error: WORLD_SIZE set, but not RANK")
+    assert reply.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_not_every_rank_sees(tmp_path):
+    with pytest.raises(BadInput, match="run.json: not seen by every rank; --out must be a folder that all"):
+        runs.Run(tmp_path / "here", {}, train.Config, {}, writes=False)
+
+
+def test_windows(small_run, tmp_path, monkeypatch):
+    """It has no pread and no fcntl, and its fsync wants a file that may be written."""
+    fcntl, fsync = pytest.importorskip("fcntl"), os.fsync
+
+    def strict(fd):
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", strict)
+    monkeypatch.delattr(os, "pread")
+    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(datasets.generated_files, "__defaults__", (40, 10))
+    go(["--dataset", "nlrx_synth", *small_run[4:], "--max_steps", "1"], "--data_dir", tmp_path / "data",
+       "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+def test_an_older_python_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit, match="2"), main_guard():
+        raise AssertionError("not before main()")
+    assert capsys.readouterr().err.startswith("error: needs Python 3.11 or newer; this is ")
+
+
+def test_an_output_that_has_no_such_letter(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with main_guard():
+        print("été 数")
+    assert out.buffer.getvalue() == rb"\xe9t\xe9 \u6570" + b"\n"
+
+
+@pytest.mark.parametrize("lines", [10, 10**6])
+def test_a_pipe_that_is_closed(lines):
+    """`python data.py show nlrx_synth | head -1` ended with a traceback."""
+    code = f"from support.files import main_guard\nwith main_guard():\n    for i in range({lines}): print(i)"
+    command = f'{sys.executable} -c "$CODE" | (read line; sleep 0.2); echo ${{PIPESTATUS[0]}}'
+    reply = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
+                           env=os.environ | {"CODE": code})
+    assert reply.stdout == ("0\n" if lines == 10 else "141\n") and reply.stderr == ""
+
+
+def test_an_output_that_is_closed():
+    code = "import sys\nfrom support.files import main_guard\nwith main_guard(): print(sys.stdout.isatty())"
+    reply = subprocess.run(["bash", "-c", f'{sys.executable} -c "$CODE" >&-'], cwd=ROOT, capture_output=True,
+                           text=True, env=os.environ | {"CODE": code})
+    assert (reply.returncode, reply.stderr) == (0, "")
 
 
 # ---- a long life -------------------------------------------------------------------------------------------
@@ -471,25 +472,3 @@ def test_memory_stays_flat(argv, tmp_path):  # noqa: F811
     slope = np.polyfit(*zip(*points, strict=True), 1)[0]
     print(f"{slope:.4f} MiB per 1,000 steps, {points[-1][1]:.0f} MiB at the end")
     assert slope < 0.1
-
-
-@pytest.mark.slow
-def test_a_million_lines(argv, tmp_path):  # noqa: F811
-    """100 steps from a file of a million lines: at most 200 MiB more than from one of a thousand."""
-    lines = [json.dumps({"text": text, "code": code}) + "\n" for text, code in nlrx.generate(1000)]
-    peaks, seconds = [], []
-    for copies in (1, 1000):
-        path = tmp_path / f"{copies}.jsonl"
-        with open(path, "w", encoding="utf-8") as file:
-            for _ in range(copies):
-                file.writelines(lines)
-        start = time.monotonic()
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, "--max_steps", "100",
-                                    "--dataset", str(path), "--out", str(tmp_path / f"run{copies}")],
-                                   stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks.append(used.ru_maxrss / 1024)
-        seconds.append(time.monotonic() - start)
-    print(f"peaks of {peaks[0]:.0f} and {peaks[1]:.0f} MiB, {seconds[1] - seconds[0]:.0f} s more")
-    assert peaks[1] - peaks[0] < 200

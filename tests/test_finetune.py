@@ -8,30 +8,20 @@ import pytest
 import torch
 from conftest import SHARED_DATA
 from safetensors.torch import load_file
-from test_train import assert_equal_runs, die_at_step, go, rows_of, steps_of, weights
+from test_checkpoint import logits
+from test_model import named, small
+from test_train import assert_equal_runs, die_at_step, go, rows_of, steps_of, untimed, weights
 
 import eval
-import train
-from data import ViewOptions, render_views
+from data import ViewOptions, render_prompt, render_views
 from model import Transformer
 from support.files import BadInput
+from support.lora import add_lora, merge_lora, projections
 from support.tokenizer import Tokenizer
 from tasks.datasets import PUBLISHED, Dataset, Example, git_blob_id, load_dataset, read_jsonl
 
 pytestmark = pytest.mark.xdist_group("transformers")  # its import takes seconds
 SHORT = ["--epochs", "2", "--batch_size", "8", "--log_every", "1", "--max_new_tokens", "6", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def talks(tmp_path_factory):
-    """Files of 24 and 6 conversations with a system turn."""
-    folder = tmp_path_factory.mktemp("talks")
-    rows = [{"messages": [{"role": "system", "content": "Count."},
-                          {"role": "user", "content": f"the number {i} " + "dog " * (i % 4)},
-                          {"role": "assistant", "content": f"{i}[a-z]"}]} for i in range(30)]
-    for name, part in (("train.jsonl", rows[:24]), ("test.jsonl", rows[24:])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
 
 
 @pytest.fixture
@@ -68,11 +58,8 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
     ids = torch.tensor([render_views(Example("the number 7", "7", system="Count."), tokenizer).main])
     with torch.inference_mode():
         torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=0)
-    assert transformers.PreTrainedTokenizerFast(tokenizer_file=str(run / "tokenizer.json")).encode("a 1") == (
-        tokenizer.encode("a 1"))
     after = tensors(run)
     assert after.keys() == base.keys()  # the base model's vocabulary: [PRED] lies in a file of its own
-    assert all(after[name].shape == base[name].shape for name in base)
     assert (run / "pred_embedding.safetensors").exists() == with_jepa
     for name, tensor in base.items():
         change = after[name] - tensor
@@ -87,7 +74,7 @@ def test_a_whole_fine_tuning(argv, flags, chat_folder, tmp_path):
 
     result = json.loads((run / "eval.json").read_text())
     again = eval.score_run(run, eval.EvalOptions([str(run)], device="cpu"))
-    assert again | {"seconds": 0} == result | {"seconds": 0} and result["n"] == 6
+    assert untimed(again) == untimed(result) and result["n"] == 6
 
 
 def test_fine_tuning_with_adapters_resumes_to_the_bit(argv, tmp_path):
@@ -138,6 +125,41 @@ def test_from_a_run_to_another_task(talks, tmp_path):
         assert len(ended.get("pred_embedding", ())) == k
         for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):
             torch.testing.assert_close(ended[name], begun[name], atol=1e-6, rtol=0)
+
+
+def generated(folder, prompt: list[int], limit: int) -> list[int]:
+    """What transformers' generate() adds to the prompt, with the settings of the folder."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit,
+                          do_sample=False)[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("base", ["", "llama3", "chatml"])
+def test_transformers_answers_as_we_do(base, pairs, chat_folder, tmp_path, monkeypatch):
+    """It stops where ours stops: the end token of the format was no eos_token_id of the folder."""
+    pytest.importorskip("transformers")
+    rows = (pairs / "train.jsonl").read_text().splitlines(keepends=True)[:4]
+    (tmp_path / "four.jsonl").write_text("".join(rows))
+    shape = ["--init_from", str(chat_folder), "--format", base] if base else [
+        "--dim", "32", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "32", "--vocab_size", "300"]
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    result = go(["--dataset", "four.jsonl", "--test_file", "four.jsonl", *shape, "--batch_size", "4", "--lr",
+                 "1e-2", "--epochs", "60", "--checkpoint_every", "100", "--max_new_tokens", "30", "--device",
+                 "cpu", "--dtype", "float32", "--out", str(run)])
+    assert result["stopped"] == 1
+    model = Transformer.from_pretrained(run)
+    ours = Tokenizer.load(run, model.config.vocab_size, base or "auto")
+    for row in map(json.loads, rows):
+        example = Example(row["text"], "")
+        (answer, stopped), = eval.answer_texts(model, ours, [example], 30)
+        prompt = render_prompt(example, ours)
+        added = generated(run, prompt, 30)
+        assert stopped and added == [*ours.encode(answer), ours.format.end]
+    ends = json.loads((run / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == ([4, ours.format.end] if base else ours.format.end)
 
 
 def test_a_checkpoint_is_scored_before_any_training(talks, chat_folder, capsys, monkeypatch):
@@ -222,10 +244,87 @@ def test_a_folder_that_is_no_checkpoint(argv, tmp_path):
         assert reply.stderr.startswith("error: ") and not (tmp_path / "run").exists()
 
 
-def test_defaults_of_fine_tuning():
-    """The paper's protocol; what the user gives wins; the run's name tells what is not the default."""
-    c = train.parse_config(["--init_from", "models/Llama"])
-    assert (c.lr, c.epochs, c.batch_size) == (2e-5, 4, 16) and c.out == "runs/nlrx_synth-from-Llama"
-    c = train.parse_config(["--init_from", "x", "--epochs", "2", "--lora_rank", "8"])
-    assert c.epochs == 2 and c.lora_dropout == 0.1 and c.out == "runs/nlrx_synth-from-x-lora_rank8-epochs2"
-    assert (train.parse_config([]).lr, train.parse_config([]).epochs) == (1e-3, 3)
+# ---- adapters ----------------------------------------------------------------------------------------------
+
+IDS = torch.arange(50)[None]
+
+
+def plain(k=2):
+    return Transformer(small(n_kv_heads=2, tie_embeddings=False), k=k, seed=1).double()
+
+
+def with_lora(k=2, dropout=0.0):
+    model = Transformer(small(n_kv_heads=2, tie_embeddings=False), k=k, seed=1)
+    add_lora(model, 3, dropout, seed=1)
+    return model.double()
+
+
+def trained(model, n):
+    """n large steps on random ids, [PRED] among them."""
+    ids = torch.randint(52, (2, 20), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=5.0)
+    for _ in range(n):
+        optimizer.zero_grad()
+        (model.head(model(ids)) ** 2).mean().backward()
+        optimizer.step()
+
+
+def test_what_is_trained():
+    """An untrained adapter changes nothing. Training changes the adapters, 14 in all, and [PRED]."""
+    model = with_lora(dropout=0.5)
+    assert torch.equal(logits(model, IDS), logits(plain(), IDS))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trained(model, 2)  # in the first, A does not move: B is 0
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) != ("lora_" in name or name == "pred_embedding"), name
+    assert [layer.lora_a.shape[0] for layer in projections(model)] == [3] * 14
+    assert not torch.equal(logits(model, IDS), logits(model, IDS))  # dropout, in front of the adapter
+    model.eval()
+    assert torch.equal(logits(model, IDS), logits(model, IDS))
+
+
+def test_merged_equals_adapted(tmp_path):
+    """By the formula, W + 2 B A, in float64; and a folder that transformers reads."""
+    transformers = pytest.importorskip("transformers")
+    model = with_lora()
+    trained(model, 3)
+    adapted = logits(model, IDS)
+    assert (adapted - logits(plain(), IDS)).abs().max() > 1e-3
+    layer = model.layers[0].mlp.up_proj
+    expected = layer.weight + 2 * layer.lora_b @ layer.lora_a
+    with pytest.raises(ValueError, match="merge_lora"):
+        model.save_pretrained(tmp_path)
+    merge_lora(model)
+    assert torch.equal(layer.weight, expected) and named(model).keys() == named(plain()).keys()
+    torch.testing.assert_close(logits(model, IDS), adapted, atol=1e-12, rtol=0)
+    model.float().save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(theirs, IDS), adapted.float(), atol=1e-5, rtol=0)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "lora" in name]
+
+
+def test_adapters_equal_peft_s(tmp_path):
+    """The same A and B in peft: the same logits and gradients."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ours = with_lora(k=0)
+    plain(k=0).save_pretrained(tmp_path)
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64),
+        peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=seven)).double()
+    pairs = []
+    for name, layer in ours.named_modules():
+        if layer in projections(ours):
+            other = theirs.get_submodule(f"base_model.model.model.{name}")
+            with torch.no_grad():
+                layer.lora_b.normal_(generator=torch.Generator().manual_seed(2))
+                other.lora_A.default.weight.copy_(layer.lora_a)
+                other.lora_B.default.weight.copy_(layer.lora_b)
+            pairs += [(layer.lora_a, other.lora_A.default.weight),
+                      (layer.lora_b, other.lora_B.default.weight)]
+    a, b = ours.head(ours(IDS)), theirs(IDS).logits
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)  # their rotary tables are float32
+    a.pow(2).mean().backward()
+    b.pow(2).mean().backward()
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-4)

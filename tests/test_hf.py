@@ -12,10 +12,10 @@ pytest.importorskip("jinja2")
 
 from conftest import PAIRS, json_tokenizer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from test_train import assert_equal_runs, die_at_step, rows_of, untimed  # noqa: E402
+from test_jepa_loss import step  # noqa: E402
+from test_train import assert_equal_runs, die_at_step, go, rows_of, untimed  # noqa: E402
 
 import eval  # noqa: E402
-import train  # noqa: E402
 from data import collate_fused, collate_three, render_prompt, render_views  # noqa: E402
 from jepa_loss import fused, three_pass  # noqa: E402
 from model import Predictor, Transformer  # noqa: E402
@@ -61,12 +61,6 @@ def loaded(folder, dtype=torch.float64, k=2):
     return model.to(dtype)
 
 
-def gradients(model, terms):
-    model.zero_grad()
-    sum(sum_ / n for sum_, n in terms.values()).backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family(kind, tmp_path, tokenizer, examples):
     """Its own logits; three passes, the fused pass and packed rows give the same terms and gradients; and
@@ -81,15 +75,13 @@ def test_a_family(kind, tmp_path, tokenizer, examples):
     tokenizer.vocab_size = own
     views = [v._replace(preds=[V, V + 1]) for v in views]
     has, near = [True] * len(views), 5e-6 if model.lm.config._attn_implementation == "eager" else 1e-7
-    slow = three_pass(model, collate_three(views, has))
-    grads = gradients(model, slow)
-    assert grads["pred_embedding"].abs().max() > 1e-4
+    slow = step(model, three_pass, collate_three(views, has))
+    assert slow[1]["pred_embedding"].abs().max() > 1e-4
     for row_len in (0, 120):
-        fast = fused(model, collate_fused(views, has, row_len))
-        for name in slow:
-            torch.testing.assert_close(fast[name][0], slow[name][0], atol=near, rtol=near)
-        for name, grad in gradients(model, fast).items():
-            torch.testing.assert_close(grad, grads[name], atol=20 * near, rtol=20 * near)
+        fast = step(model, fused, collate_fused(views, has, row_len))
+        assert fast[0] == pytest.approx(slow[0], abs=near, rel=near)
+        for name, grad in fast[1].items():
+            torch.testing.assert_close(grad, slow[1][name], atol=20 * near, rtol=20 * near)
     none = [False] * len(views)  # --lam 0: rows without a mask
     plain = fused(model, collate_fused(views, none))["ntp"][0]
     wanted = three_pass(model, collate_three(views, none))["ntp"][0]
@@ -184,10 +176,6 @@ GENERATION = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant'
               "{% if m.role == 'system' %}{% continue %}{% endif %}{% endif %}{% endfor %}")
 PHI3 = ("{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
-GEMMA3 = ("{{ bos_token }}{% set first, turns = '', messages %}{% if messages[0]['role'] == 'system' %}"
-          "{% set first, turns = messages[0]['content'] + '\n\n', messages[1:] %}{% endif %}"
-          "{% for m in turns %}[{{ m.role }}]{{ (first if loop.first else '') + m.content }}<|im_end|>"
-          "{% endfor %}")
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 THINK = "<think>\n\n</think>\n\n"
 TALK = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
@@ -207,8 +195,6 @@ TEMPLATES = {
               f"{BOS}<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA{BOS}"),
     "phi3": (PHI3, "", "<eos>", "<|user|>\nU<|im_end|>\n<|assistant|>\nA<|im_end|>\n<eos>",
              "<|system|>\nS<|im_end|>\n<|user|>\nU<|im_end|>\n<|assistant|>\nA<|im_end|>\n<eos>"),
-    "gemma3": (GEMMA3, "<bos>", "<eos>", "<bos>[user]U<|im_end|>[assistant]A<|im_end|>",
-               "<bos>[user]S\n\nU<|im_end|>[assistant]A<|im_end|>"),
     "generation": (GENERATION, "<bos>", "<eos>", "<bos>[user 2024]U[B]A<eos>",
                    "<bos>[system 2024]S[user 2024]U[B]A<eos>")}
 SPECIAL = ["<bos>", "<eos>", BOS, "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
@@ -256,8 +242,6 @@ def test_a_chat_template(name, tmp_path, library_tokenizer):
 
 @pytest.mark.parametrize("template,why", [
     ("{{ messages[0].content }}", "drops, doubles or changes a turn"),
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "drops, doubles or changes"),
-    ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "drops, doubles or changes"),
     ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "ends an answer with ''"),
     ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "not begin with a special token"),
     ("{{ ''.__class__ }}{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
@@ -322,12 +306,6 @@ def test_what_a_vocabulary_lacks_is_no_answer(tmp_path):
             ours.encode("b")
 
 
-def test_a_run_of_ours_needs_no_note(tmp_path, tokenizer, capsys):
-    """Its tokenizer_config.json has a chat template for others, which knows no system turn."""
-    tokenizer.save(tmp_path)
-    assert Tokenizer.load(tmp_path).format == tokenizer.format and capsys.readouterr().out == ""
-
-
 def test_a_llama_folder_whose_template_is_another(tmp_path, capsys):
     """Tokens of Llama 3 and of ChatML, a template that is ChatML after bos: what is written is said."""
     json_tokenizer("llama3", tmp_path)
@@ -353,24 +331,14 @@ TALKS = {"qwen2": "qwen2", "gemma2": "gemma", "gpt2": "olmo2"}
 
 
 @pytest.fixture
-def start(tmp_path, library_tokenizer):
+def start(talks, tmp_path, library_tokenizer):
     """kind -> flags of a run from a tiny folder of that family."""
-    for name, numbers in (("train", range(24)), ("test", range(24, 30))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
-            {"role": "system", "content": "Count."},
-            {"role": "user", "content": f"number {i} {'dog ' * (i % 5)}"},
-            {"role": "assistant", "content": f"{i}[a-z]"}]}) + "\n" for i in numbers))
-
     def make(kind, **shape):
         family(kind, tmp_path / "base", **shape)
         add_tokenizer(tmp_path / "base", library_tokenizer, TALKS.get(kind, "chatml"))
-        return ["--init_from", str(tmp_path / "base"), "--dataset", str(tmp_path / "train.jsonl"),
-                "--test_file", str(tmp_path / "test.jsonl"), *SHORT.split()]
+        return ["--init_from", str(tmp_path / "base"), "--dataset", str(talks / "train.jsonl"),
+                "--test_file", str(talks / "test.jsonl"), *SHORT.split()]
     return make
-
-
-def go(argv, out, *flags):
-    return train.train(train.parse_config([*argv, "--out", str(out), *flags]))
 
 
 @pytest.mark.parametrize("flags", ["", "--lora_rank 2 --row_len 120 --grad_checkpointing"])
@@ -378,11 +346,11 @@ def go(argv, out, *flags):
 def test_a_whole_run(kind, flags, start, tmp_path, capsys):
     """Trained, interrupted and resumed to the same bits, exported, read by transformers and by eval.py."""
     argv, run, half = start(kind), tmp_path / "run", tmp_path / "half"
-    result = go(argv, run, *flags.split())
+    result = go(argv, "--out", run, *flags.split())
     assert "in format template" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["format_in_use"] == "template"
     die_at_step(3, [*argv, "--out", str(half), *flags.split()])
-    go(argv, half, *flags.split())
+    go(argv, "--out", half, *flags.split())
     assert_equal_runs(run, half)
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -393,7 +361,6 @@ def test_a_whole_run(kind, flags, start, tmp_path, capsys):
         torch.testing.assert_close(ours.head(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
         assert (base(ids).logits - theirs(ids).logits).abs().max() > 1e-3
     assert theirs.state_dict().keys() == base.state_dict().keys()
-    assert len(load_file(run / "pred_embedding.safetensors")["pred_embedding"]) == 1
     assert load_file(run / "pred_embedding.safetensors")["pred_embedding"].shape == (1, C)
     again = eval.score_run(run, eval.EvalOptions(device="cpu"))
     assert untimed(again) == untimed(result)
@@ -404,18 +371,18 @@ def test_three_passes_train_as_fused_does(start, tmp_path):
     """And --layer, --target ema, --predictor in a whole run."""
     argv = [*start("qwen2", num_hidden_layers=3), "--dtype", "float64", "--layer", "1", "--target", "ema",
             "--predictor", "mlp"]
-    go(argv, tmp_path / "fused")
-    go(argv, tmp_path / "three", "--passes", "three")
+    go(argv, "--out", tmp_path / "fused")
+    go(argv, "--out", tmp_path / "three", "--passes", "three")
     assert_equal_runs(tmp_path / "fused", tmp_path / "three", 1e-6)
     with pytest.raises(BadInput, match="--layer 2: transformers gives the last block's output only after"):
-        go([*argv, "--layer", "2"], tmp_path / "last")
+        go([*argv, "--layer", "2"], "--out", tmp_path / "last")
 
 
 def test_a_llama_folder_by_both(start, tmp_path):
     """--backend transformers on a Llama: the losses of model.py."""
     argv, losses = [*start("llama"), "--format", "chatml", "--dtype", "float64"], []
     for backend in ("ours", "transformers"):
-        go(argv, tmp_path / backend, "--backend", backend)
+        go(argv, "--out", tmp_path / backend, "--backend", backend)
         losses.append([row["loss"] for row in rows_of(tmp_path / backend) if "loss" in row])
     assert len(losses[0]) == 4
     torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-5, rtol=1e-5)
@@ -425,7 +392,7 @@ def test_a_llama_folder_by_both(start, tmp_path):
         for a, b in zip(ours(ids, layer=0), theirs(ids, layer=0), strict=True):
             torch.testing.assert_close(a.float(), b, atol=1e-5, rtol=1e-5)
     with pytest.raises(BadInput, match="model_type is 'qwen2', only 'llama' is known"):
-        go([*start("qwen2"), "--backend", "ours"], tmp_path / "wrong")
+        go([*start("qwen2"), "--backend", "ours"], "--out", tmp_path / "wrong")
 
 
 CODE = """
@@ -448,9 +415,9 @@ def test_code_of_the_folder_runs_only_by_its_flag(start, tmp_path, monkeypatch):
     (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {
         "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}))
     with pytest.raises(BadInput, match="transformers cannot load it"):
-        go(argv, tmp_path / "run")
+        go(argv, "--out", tmp_path / "run")
     assert "RAN" not in os.environ
-    go(argv, tmp_path / "run", "--trust_remote_code", "--max_steps", "1")
+    go(argv, "--out", tmp_path / "run", "--trust_remote_code", "--max_steps", "1")
     assert os.environ["RAN"] == "yes" and (tmp_path / "run" / "own.py").read_text() == CODE
     with pytest.raises(BadInput, match="transformers cannot load it"):
         eval.load_model(tmp_path / "run", eval.EvalOptions(device="cpu"))

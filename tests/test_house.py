@@ -1,7 +1,6 @@
 """The house: which files there are, and that imports go down only."""
 import ast
 
-import pytest
 from conftest import ROOT
 
 LOW = {"support", "tasks"}
@@ -42,14 +41,9 @@ def test_five_files_are_the_method():
     assert files == {"model.py", "jepa_loss.py", "data.py", "eval.py", "train.py"}
 
 
-@pytest.mark.parametrize("file,line,arrow", [
-    ("jepa_loss.py", "from support.files import BadInput", "support"),
-    ("data.py", "def f():\n    import model as m", "model"), ("eval.py", "import json, train", "train"),
-    ("support/files.py", "from tasks import nlrx", "tasks"), ("tasks/x.py", "import model", "model"),
-    ("train.py", "from experiments import plots", "experiments")])
-def test_an_arrow_that_goes_up_is_named(tmp_path, file, line, arrow):
-    for folder in ("support", "tasks"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "experiments.py").write_text("import train, numpy.data\nfrom support.files import BadInput")
-    (tmp_path / file).write_text(line)
-    assert wrong_arrows(tmp_path) == [f"{file} -> {arrow}"]
+def test_an_arrow_that_goes_up_is_named(tmp_path):
+    (tmp_path / "support").mkdir()
+    for file, content in (("support/files.py", "from tasks import nlrx"), ("train.py", "import torch, eval"),
+                          ("data.py", "def f():\n    import json, model as m")):
+        (tmp_path / file).write_text(content)
+    assert wrong_arrows(tmp_path) == ["data.py -> model", "support/files.py -> tasks"]

@@ -1,16 +1,16 @@
 """jepa_loss.py: three passes equal one, nothing leaks, every term is what its formula says."""
+import copy
+import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Sampler, ViewOptions, collate_fused, collate_three, micro_batches
-from data import render_views, tube_positions
-from jepa_loss import DISTANCES, cosine, dense_mask, fused, gather, infonce, ntp, stop_gradient
-from jepa_loss import three_pass, total_loss, tube
+from data import ViewOptions, collate_fused, collate_three, render_views, tube_positions
+from jepa_loss import DISTANCES, REGULARISERS, cosine, dense_mask, fused, gather, infonce
+from jepa_loss import patch, sigreg, stop_gradient, three_pass, total_loss, tube, vicreg
 from support.lora import add_lora
 from support.speed import Shape, pad_to
 from support.tokenizer import FORMAT_TOKENS, Tokenizer
@@ -22,7 +22,7 @@ PACK = 200  # tokens of a row that holds several examples
 def step(model, passes, *batches, distance=cosine):
     """({term: sum}, {weight: gradient}) of a step, in which every term has another weight."""
     model.zero_grad(set_to_none=True)
-    sums, weights = {}, {"ntp": 1.0, "stp": 0.5, "jepa": 2.0}
+    sums, weights = {}, {"ntp": 1.0, "stp": 0.5, "jepa": 2.0, "reg": 0.3}
     def count(batch, name):
         return batch.n_tokens if name == "ntp" else batch.n_pairs
 
@@ -84,6 +84,37 @@ def test_three_pass_equals_fused_for_all_distances_and_labels(tiny, tokenizer, e
     assert_parity(tiny(), views, distance=distance)
 
 
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("layer", [-1, 0])
+@pytest.mark.parametrize("ablation", ["", "reverse", "pred_first", "view_end"])
+def test_three_pass_equals_fused_for_every_seam(tiny, tokenizer, examples, pool, layer, ablation):
+    """Regulariser, average as target, predictor, pooling, layer and the released code's tube at once."""
+    model = tiny(2)
+    model.add_predictor("mlp", seed=1)
+    model.double()
+    torch.nn.init.normal_(model.predictor.out.weight)
+    model.embed_layer = layer
+    ema = copy.deepcopy(model).requires_grad_(False)
+    for weight in ema.parameters():
+        weight.mul_(0.9)
+    views = [render_views(e, tokenizer, ViewOptions(k=2, pool=pool, **{ablation: True} if ablation else {}))
+             for e in examples]
+    assert all((v.enc[-1] == tokenizer.format.end) == (ablation == "view_end") for v in views)
+
+    def result(passes, batch):
+        def seeded(*arguments):  # of SIGReg's slices
+            torch.manual_seed(0)
+            return passes(*arguments, sigreg, ema)
+        batch.tube_at = tube_positions(batch, DRAWS, "released")
+        return step(model, seeded, batch)
+    slow = result(three_pass, collate_three(views, [True] * 5))
+    assert slow[0].keys() == {"ntp", "stp", "jepa", "reg"} and "predictor.hidden.weight" in slow[1]
+    for row_len in (0, PACK):
+        batch = collate_fused(views, [True] * 5, row_len)
+        assert torch.equal(batch.main_at.argsort(), torch.arange(5)) == (row_len == 0)  # another order
+        assert_same(slow, result(fused, batch))
+
+
 @pytest.mark.parametrize("system", ["", "Be short."])
 @pytest.mark.parametrize("format", ["llama3", "chatml"])
 def test_three_pass_equals_fused_in_chat_formats(tiny, tokenizer, examples, format, system):
@@ -102,26 +133,6 @@ def test_no_views_is_plain_training(tiny, tokenizer, examples):
     batch = collate_fused(views, [False] * 5)
     assert batch.segment is batch.parent is batch.pred_at is batch.enc_at is None
     assert assert_parity(tiny(0), views, [False] * 5)[0].keys() == {"ntp", "stp"}
-
-
-@pytest.mark.parametrize("settings", [dict(micro_batch=2), dict(), dict(row_len=PACK), dict(row_len=PACK,
-                         micro_batch=2), dict(passes="three", micro_batch=3)], ids=str)
-def test_the_batches_of_a_step_add_up(tiny, tokenizer, examples, settings):
-    """Whatever a step is cut into, micro-batches or examples with and without views: the terms and gradients
-    of one batch of three passes. The official code divides the gradient of one objective by the number of
-    micro-batches and not the other's."""
-    c = SimpleNamespace(**dict(lam=1.0, reg_weight=0.0, stp=1.0, stp_form="paper", alpha=0.5, seed=2,
-                                passes="fused", row_len=0, micro_batch=0)
-                        | settings)
-    views = [render_views(e, tokenizer) for e in examples]
-    sampler = Sampler([len(v.main) for v in views], 5, seed=0)
-    whole, = micro_batches(SimpleNamespace(**vars(c) | dict(passes="three", micro_batch=0, row_len=0)),
-                           views.__getitem__, sampler, 0)
-    parts = micro_batches(c, views.__getitem__, sampler, 0)
-    assert 0 < len(whole.pred_at) < 5 and len(parts) > (c.row_len == 0 or c.micro_batch > 0)
-    model = tiny()
-    passes = three_pass if c.passes == "three" else fused
-    assert_same(step(model, three_pass, whole), step(model, passes, *parts))
 
 
 @pytest.mark.parametrize("name", sorted(DISTANCES.keys() - {"infonce"}))
@@ -146,11 +157,6 @@ def test_a_fixed_shape_without_pairs_has_no_jepa_term(tiny, tokenizer, examples)
     batch = collate_fused([render_views(e, tokenizer) for e in examples], [False] * 5, 120)
     batch = pad_to(batch, Shape(rows=5, tokens=130, labels=150, pairs=0))
     assert batch.pred_at is batch.enc_at is None and fused(tiny(), batch).keys() == {"ntp"}
-
-
-def test_only_infonce_needs_whole_batches():
-    """Of a distance that does, settings refuse micro-batches, ranks and fixed shapes."""
-    assert [name for name, d in DISTANCES.items() if getattr(d, "whole_batch", False)] == ["infonce"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -280,15 +286,6 @@ def test_the_loss_is_a_weighted_sum_of_means():
     assert total_loss(terms, counts, weights).item() == pytest.approx(6 / 4 + 0.1 * 5 / 2)
 
 
-def test_ntp_equals_cross_entropy_over_all_positions(tiny, tokenizer, examples):
-    model, batch = tiny(0), collate_three([render_views(e, tokenizer) for e in examples], [False] * 5)
-    hidden = model(batch.ids)
-    theirs = F.cross_entropy(model.head(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100,
-                             reduction="sum")
-    ours = ntp(model.head, hidden, batch.labels, batch.label_at)
-    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
-
-
 def test_tube_by_hand():
     """On two rows: 0 where three states lie on a line, and 1 - cos of the two steps elsewhere."""
     hidden = torch.zeros(2, 4, 2, dtype=torch.float64)
@@ -322,3 +319,73 @@ def test_losses_are_float32_under_autocast():
             inside = f(pred, enc)
         assert inside.dtype == torch.float32 and torch.equal(inside, f(pred, enc))
         assert f(pred.bfloat16(), enc.bfloat16()).dtype == torch.float32
+
+
+EMBEDDINGS = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def slow_vicreg(x):
+    N, C = x.shape
+    mean = [sum(x[n][c] for n in range(N)) / N for c in range(C)]
+    covariance = [[sum((x[n][i] - mean[i]) * (x[n][j] - mean[j]) for n in range(N)) / (N - 1)
+                   for j in range(C)] for i in range(C)]
+    hinge = sum(max(0.0, 1 - math.sqrt(covariance[c][c] + 1e-4)) for c in range(C)) / C
+    return hinge + sum(covariance[i][j] ** 2 for i in range(C) for j in range(C) if i != j) / C / 25
+
+
+def test_vicreg_by_hand():
+    pred, enc = EMBEDDINGS
+    wanted = slow_vicreg(pred.numpy()) + slow_vicreg(enc.numpy())
+    assert vicreg(pred, enc).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_sigreg_is_the_closed_form_of_its_integral():
+    """The Epps-Pulley statistic, integrated by hand: three sums of Gaussians (up to the cut at 5)."""
+    pred, enc = EMBEDDINGS
+    torch.manual_seed(5)
+    found = sigreg(pred, enc, slices=7).item()
+    torch.manual_seed(5)
+    wanted = 0.0
+    for x in (pred, enc):
+        x = x * math.sqrt(6) / math.sqrt(x.square().sum(1).mean())
+        directions = F.normalize(torch.randn(6, 7, dtype=torch.float64), dim=0)
+        for u in (x @ directions).T:
+            own = torch.exp(-(u[:, None] - u).square() / 2).mean()
+            cross = math.sqrt(2) * torch.exp(-u.square() / 4).mean()
+            wanted += math.sqrt(2 * math.pi) * (own - cross + 1 / math.sqrt(3)).item() / 14
+    assert found == pytest.approx(wanted, abs=2e-5)
+
+
+def test_sigreg_sees_a_collapse_at_any_scale_and_nothing_in_a_normal_sample():
+    """On embeddings of unit norm it would be blind to both."""
+    normal = torch.randn(4000, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    same = normal[:1].repeat(100, 1)
+    line = normal[:100, :1] * normal[0]
+    torch.manual_seed(0)
+    assert sigreg(normal, 100 * normal) < 2e-3
+    for scale in (1e-3, 1.0, 1e3):
+        assert sigreg(scale * same, scale * same) > 0.5 and sigreg(scale * line, scale * line) > 0.1
+
+
+@pytest.mark.parametrize("r", REGULARISERS.values(), ids=REGULARISERS.keys())
+def test_gradients_of_regularisers(r):
+    def seeded(pred, enc):
+        torch.manual_seed(3)
+        return r(pred, enc)
+    assert torch.autograd.gradcheck(seeded, [x.clone().requires_grad_() for x in EMBEDDINGS])
+
+
+def test_patch_by_hand():
+    """0 where the way around the patch goes where the patch goes, 2 where it comes back."""
+    hidden = torch.tensor([[[0., 0], [1, 0], [3, 0], [4, 0]], [[0., 0], [1, 0], [0, 0], [1, 1]]])
+    at = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])
+    straight, bent = patch(hidden, at).tolist()
+    before_and_after, own = np.array([2., 1.]), np.array([-1., 0.])
+    assert straight == pytest.approx(0, abs=1e-6)
+    assert bent == pytest.approx(1 - before_and_after @ own / np.linalg.norm(before_and_after), rel=1e-6)
+
+
+def test_mean_pooling_by_hand():
+    hidden = torch.arange(24, dtype=torch.float64).reshape(2, 4, 3)
+    found = gather(hidden, torch.tensor([[0, 1, 2], [5, -1, -1]]))
+    assert found.tolist() == [[3, 4, 5], [15, 16, 17]]

@@ -86,12 +86,6 @@ def test_cache_equals_no_cache():
         model(ids, cache=cache)
 
 
-def test_positions_are_relative():
-    """Shifted rotary positions give the same hidden states."""
-    model, ids = Transformer(small(), seed=5).double(), torch.randint(50, (2, 12))
-    torch.testing.assert_close(model(ids, torch.arange(12)[None] + 7), model(ids), atol=1e-6, rtol=0)
-
-
 def test_weights_by_seed():
     """0.02, and less for the matrices that write to the residual stream. The seed changes every matrix; k
     changes none."""
@@ -115,3 +109,20 @@ def test_predictors_are_not_in_the_vocabulary():
     rows = torch.stack([model.embed_tokens.weight[49], *model.pred_embedding, model.embed_tokens.weight[0]])
     assert torch.equal(embedded, rows)
     assert model.head(model(torch.tensor([[1, 50, 51]]))).shape == (1, 3, 50)
+
+
+def test_a_layer_is_what_its_block_gives(tiny):
+    """The hidden states after block 0, held against a model of one block."""
+    model, ids = tiny(0), torch.arange(10)[None]
+    final, first = model(ids, layer=0)
+    assert torch.equal(final, model(ids))
+    model.layers, model.norm = model.layers[:1], torch.nn.Identity()
+    assert torch.equal(first, model(ids))
+
+
+def test_a_predictor_begins_as_the_identity(tiny):
+    for kind in ("linear", "mlp"):
+        model = tiny(1)
+        model.add_predictor(kind, seed=0)
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(model.predictor(x), x)

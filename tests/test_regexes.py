@@ -195,6 +195,7 @@ def test_published_answers_are_judged_quickly():
     # more than the bounds allow, or a witness: never a wrong answer
     ("a{9999}", "a{9998}", None), ("(a|b)*a(a|b){20}", "(a|b)*b(a|b){20}", None),
     ("(((a{2,9}b?){2,9}){2,9}){2,9}", "(((a{2,9}b?){2,9}){2,9}){2,8}", None),
+    ("((a|b)*a(a|b){30})&((a|b)*b(a|b){30})", "a", None),
     (".*a" * 300, ".*a" * 299, None),
     ("".join(map(chr, range(1000, 1990))), "".join(map(chr, range(1001, 1990))), None)])
 def test_hostile_answers_end(a, b, expected):
@@ -207,18 +208,6 @@ def test_hostile_answers_end(a, b, expected):
 def test_bounds_give_undecided():
     assert equal(".*a.{9}", ".*b.{9}b", max_states=5) == (None, None)
     assert equal("a{2000}", "a{2001}", seconds=0) == (None, None)
-
-
-def test_anything_at_all_is_answered_or_refused():
-    rng = random.Random(3)
-    for _ in range(1500):
-        regex = "".join(rng.choice('ab()()[]{}|&~*+?.,29^-\\\n"é😀') for _ in range(rng.randrange(14)))
-        try:
-            verdict = equal(regex, regex, seconds=1)
-        except ValueError as error:
-            assert "\n" not in str(error).replace(regex, "")
-        else:
-            assert verdict.equal is True
 
 
 def test_the_worked_example():

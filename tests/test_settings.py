@@ -5,11 +5,12 @@ from typing import Literal
 
 import pytest
 import torch
+from test_train import assert_equal_runs, die_at_step, steps_of
 
 import eval
 import train
 from support.files import BadInput
-from support.settings import differences, fill, holds, in_group, opt, parse, parse_options, problems, run_name
+from support.settings import differences, fill, in_group, opt, parse, parse_options, problems, run_name
 from support.settings import with_identity
 
 # ---- a dataclass of settings -------------------------------------------------------------------------------
@@ -58,9 +59,7 @@ def test_flags():
     ("--lam fast", "argument --lam: invalid float value: 'fast'; see --help"),
     ("--lam 1 2", "unrecognized arguments: 2; see --help"),
     ("--steps 0", "--steps 0: must be 1 or more"),
-    ("--lam -1", "--lam -1.0: must be 0 or more"),
     ("--lam nan", "--lam nan: must be 0 or more"),
-    ("--lam inf", "--lam inf: must be 0 or more"),
     ("--heat 2 --distance infonce", "--heat 2.0: must be above 0 and below 2"),
     (f"--seed {2**64}", f"--seed {2**64}: must be 0 or more and below {2**63}"),
     ("--heat 1", "--heat has no effect with --distance cosine"),
@@ -76,17 +75,6 @@ def test_all_that_is_wrong_is_one_line(flags, message):
     with pytest.raises(BadInput) as error:
         parse_options(Settings, flags.split())
     assert str(error.value) == message
-
-
-def test_conditions():
-    c = Settings(data="a.jsonl", base_from="f", lam=0.0)
-    for condition, expected in (("base_from", True), ("!base_from", False), ("lam", False), ("!lam", True),
-                                ("data=*.jsonl", True), ("data!=*.jsonl", False), ("distance=cosine", True),
-                                ("distance=infonce", False), ("distance!=infonce", True), ("compile", False),
-                                ("of_another_program", True), ("!of_another_program", True)):
-        assert holds(condition, c) == expected, condition
-    for lam, steps, expected in ((0.0, 0, 1), (1.0, 0, 0), (0.0, 1, 0)):  # "lam|steps"
-        assert sum("ends" in p for p in problems(Settings(lam=lam, steps=steps), {"ends"})) == expected
 
 
 def test_help_names_every_setting(capsys):
@@ -125,6 +113,8 @@ def test_settings_of_other_versions():
     assert filled == vars(Settings(lam=2.0, compile=True))
     assert differences(Settings, filled, vars(Settings(lam=2.0, test="x", data="other"))) == []
     assert differences(Settings, filled, vars(Settings(k=2))) == ["--lam 2.0 (now 1.0)", "--k 1 (now 2)"]
+    with pytest.raises(BadInput, match="run.json: k is '1', which this setting cannot be"):
+        fill(Settings, {"k": "1"}, former, "run.json")
     for more in ({"objective": "stp"}, {"newer": "stp"}):
         found = differences(Settings, fill(Settings, stored | more, former), vars(Settings(lam=2.0)))
         assert found == [f"--{[*more][0]} stp (now None)"]
@@ -133,21 +123,39 @@ def test_settings_of_other_versions():
 # ---- those of train.py -------------------------------------------------------------------------------------
 
 CONTRADICTIONS = [
-    "--lam 0 --k 3 --alpha 0.5", "--lam 0 --gamma 0", "--lam -1 --lr 0", "--seed -1",
-    "--gamma 0 --no-train_eos", "--gamma 0 --ntp_on code", "--k 0 --pred_first", "--temperature 0.1",
-    "--distance infonce --micro_batch 4", "--distance infonce --batch_size 1 --alpha 0.5",
-    "--distance infonce --fixed_shapes --row_len 9", "--fixed_shapes", "--passes three --row_len 9",
-    "--lam 0 --attention dense", "--device cpu --attention flex",
-    "--dataset x.jsonl", "--dataset x.jsonl --data_dir y", "--test_file x.jsonl",
-    "--dataset x.jsonl --eval_split valid --test_file y", "--dataset paraphrase",
-    "--dataset paraphrase --eval_split valid --max_new_tokens 5", "--batch_size 4 --micro_batch 8",
-    "--max_flops 1e9 --max_steps 3", "--lora_rank 4", "--init_from x --dim 64 --vocab_size 600",
-    "--dim 30 --n_heads 4", "--n_kv_heads 3"]
+    ("--lam 0 --k 3 --alpha 0.5", "--k has no effect with --lam 0; --alpha has no effect with --lam 0"),
+    ("--lam 0 --gamma 0", "nothing to train on"),
+    (f"--lr inf --seed {2**63}", f"--lr inf: must be above 0; --seed {2**63}: must be 0 or more and"),
+    ("--distance infonce --micro_batch 4", "--distance infonce compares the pairs of the whole batch"),
+    ("--distance infonce --batch_size 1", "--batch_size 2 or more, no --micro_batch, no --alpha"),
+    ("--reg_weight 1 --lam 0 --alpha 0.5", "--reg vicreg compares the pairs of the whole batch: it needs"),
+    ("--fixed_shapes --row_len 64 --predictor mlp", "--fixed_shapes needs --pool last, --predictor tokens"),
+    ("--fixed_shapes --row_len 64 --target ema", "--predictor tokens and no --target ema"),
+    ("--passes three --row_len 9", "--row_len has no effect with --passes three"),
+    ("--lam 0 --attention dense", "--attention has no effect with --lam 0"),
+    ("--device cpu --attention flex", "--attention flex needs CUDA and --compile"),
+    pytest.param("--device cuda", "--device cuda: not available here",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+    ("--dataset x.jsonl", "needs --test_file or --eval_split valid"),
+    ("--dataset x.jsonl --eval_split valid --data_dir y", "--data_dir has no effect with --dataset x.jsonl"),
+    ("--dataset x.jsonl --eval_split valid --test_file y", "--test_file has no effect with --eval_split"),
+    ("--test_file x.jsonl", "--test_file has no effect with --dataset nlrx_synth"),
+    ("--dataset paraphrase", "paraphrase has no test split: it needs --eval_split valid"),
+    ("--dataset paraphrase --eval_split valid --max_new_tokens 5", "--max_new_tokens has no effect with"),
+    ("--dataset gsm8k --scorer regex", "--scorer has no effect with --dataset gsm8k"),
+    ("--dataset a.jsonl --test_file b --databases d", "--databases has no effect without --scorer"),
+    ("--batch_size 4 --micro_batch 8", "--micro_batch 8 is more than --batch_size 4"),
+    ("--max_flops 1e9 --epochs 2", "--epochs has no effect with --max_flops"),
+    ("--init_from x --lora_dropout 0.2", "--lora_dropout has no effect without --lora_rank"),
+    ("--init_from x --dim 64 --vocab_size 600", "--vocab_size has no effect with --init_from x; --dim has"),
+    ("--format plain", "--format has no effect without --init_from"),
+    ("--dim 30 --n_heads 4", "--dim 30 --n_heads 4: heads must"),
+    ("--dim 20 --n_heads 4", "--dim 20 --n_heads 4: heads must"), ("--n_kv_heads 3", "does not divide")]
 
 
-@pytest.mark.parametrize("flags", CONTRADICTIONS)
-def test_python_callers_are_refused_what_the_program_refuses(flags, tmp_path, monkeypatch):
-    """With the same words, and before any work: nothing is read or written."""
+@pytest.mark.parametrize("flags,message", CONTRADICTIONS)
+def test_contradictions(flags, message, tmp_path, monkeypatch):
+    """From the command line and from Python, with the same words, and before any work."""
     monkeypatch.setattr(train, "load", lambda *_: pytest.fail("taken"))
     config, _ = parse(train.Config, flags.split(), tuned=("init_from", train.FINE_TUNING))
     config.out = str(tmp_path / "run")
@@ -156,23 +164,16 @@ def test_python_callers_are_refused_what_the_program_refuses(flags, tmp_path, mo
         with pytest.raises(BadInput) as error:
             call()
         messages.append(str(error.value))
-    assert messages[0] == messages[1] and "\n" not in messages[0] and not (tmp_path / "run").exists()
+    assert message in messages[0] == messages[1] and "\n" not in messages[0]
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(distance="l3"), "--distance l3: must be one of cosine, l2, mse, infonce"),
-    (dict(device="tpu"), "--device tpu: must be one of auto, cpu, cuda, mps"),
-    (dict(preset="x", passes="two"), "--preset x: must be one of .*; --passes two: must be one of"),
-    (dict(lam=float("nan")), "--lam nan: must be 0 or more"),
-    # no contradictions: the settings are taken, and the folder is looked for
-    (dict(init_from="nowhere", max_flops=1e9), "--init_from nowhere: no such folder"),
-    (dict(init_from="nowhere", lam=0.0, k=0, batch_size=16), "--init_from nowhere: no such folder")])
-def test_values_that_only_python_callers_can_give(options, message, pairs):
-    """An unknown distance was a KeyError; default epochs were refused beside init_from and max_flops."""
-    if "init_from" in options:
-        options = options | {"dataset": str(pairs / "train.jsonl"), "eval_split": "valid"}
-    with pytest.raises(BadInput, match=message):
-        train.train(train.Config(**options))
+@pytest.mark.parametrize("options", [dict(max_flops=1e9), dict(lam=0.0, k=0, batch_size=16)])
+def test_defaults_of_python_callers_contradict_nothing(options, pairs):
+    """Those of epochs were refused beside init_from and max_flops. Here the folder alone is wrong."""
+    with pytest.raises(BadInput, match="--init_from nowhere: no such folder"):
+        train.train(train.Config(init_from="nowhere", dataset=str(pairs / "train.jsonl"), eval_split="valid",
+                                 **options))
 
 
 # ---- older runs --------------------------------------------------------------------------------------------
@@ -202,16 +203,10 @@ OLDER = ("run", "metrics", "metrics_size", "step", "seen", "model", "optimizer")
 
 
 @pytest.fixture
-def interrupted_run(small_run, tmp_path, monkeypatch):
+def interrupted_run(small_run, tmp_path):
     """The settings of a run that died after the checkpoint of its second step, and its folder."""
-    argv, step_seed = [*small_run, "--out", str(tmp_path / "run")], train.step_seed
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        def dies(seed, step):
-            if step == 3:
-                raise KeyboardInterrupt
-            return step_seed(seed, step)
-        patch.setattr(train, "step_seed", dies)
-        train.train(train.parse_config(argv))
+    argv = [*small_run, "--out", str(tmp_path / "run")]
+    die_at_step(3, argv)
     return argv, tmp_path / "run"
 
 
@@ -227,11 +222,8 @@ def test_a_new_setting_changes_nothing_about_an_older_run(interrupted_run, finis
     capsys.readouterr()
     result = train.train(train.parse_config(argv))
     assert ", from step 2\n" in capsys.readouterr().out
-    ours, theirs = (torch.load(path / "state.pt", weights_only=True)["model"]
-                    for path in (folder, finished_run))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert_equal_runs(folder, finished_run)
+    assert [row["step"] for row in steps_of(folder)] == [1, 2, 3, 4]
     again = eval.score_run(folder, eval.EvalOptions())
     assert again == result | {"seconds": again["seconds"]}
     assert train.train(train.parse_config(argv)) == json.loads((folder / "eval.json").read_text())
