@@ -130,8 +130,7 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 
     Two errors add up: that of the seeds, from the spread of their S means, with Student's quantile; and that
     of the items, from the spread of their N means, less the noise of single verdicts, which is in the first
-    error already. tests/test_compare.py counts how often the interval holds the truth (95 %), and how often
-    that of a bootstrap over seeds and items would: too rarely where few seeds differ, too often where not.
+    error already. tests/test_compare.py counts how often the interval holds the truth (95 %).
     """
     difference = a.astype(float) - b
     S, N = difference.shape
