@@ -305,12 +305,7 @@ class Tokenizer:
             if sum(len(word.encode("utf-8", errors="replace"))**2 for word in words) > MAX_OF_TEXT:
                 raise BadInput(f"{text[:30]!r}... ({len(text)} characters): has words so long that they "
                                "would take minutes; put blanks into them, or leave the text out")
-        try:
-            ids = self.encoding.encode_ordinary(text)
-        except BaseException as error:  # tiktoken's regex panics at a million blanks
-            if type(error).__name__ != "PanicException":
-                raise
-            raise BadInput(f"{text[:30]!r}... ({len(text)} characters): tiktoken cannot cut it") from None
+        ids = self.encoding.encode_ordinary(text)
         if self.missing and not self.missing.keys().isdisjoint(ids):
             byte, = next(self.missing[i] for i in ids if i in self.missing)
             raise BadInput(f"{text[:30]!r}... has the byte {byte:#04x}, which the vocabulary lacks")
