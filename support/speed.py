@@ -30,8 +30,8 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def forward_dtype(name: str, device: torch.device) -> str:
-    """The number type of the forward; auto: bfloat16 where it is native and, on a CPU, clearly the faster one:
-    some Xeons have the instruction, at half the speed of float32."""
+    """The number type of the forward; auto: bfloat16 where it is native and, on a CPU, clearly faster: some
+    Xeons have the instruction, at half the speed of float32."""
     native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -301,8 +301,13 @@ class Tokenizer:
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         if 16 * len(text)**2 > MAX_OF_TEXT:  # a letter takes 4 bytes at most
-            words = regex.findall(self.pattern, text)
-            if sum(len(word.encode("utf-8", errors="replace"))**2 for word in words) > MAX_OF_TEXT:
+            def squares(pattern: str) -> int:
+                return sum(len(word.encode("utf-8", errors="replace"))**2
+                           for word in regex.findall(pattern, text))
+
+            open_class = r"\[[^\]\s]*"  # our own pattern looks at it again from each of its "["
+            if (self.pattern == PATTERN and 30 * squares(open_class) > MAX_OF_TEXT
+                    or squares(self.pattern) > MAX_OF_TEXT):
                 raise BadInput(f"{text[:30]!r}... ({len(text)} characters): has words so long that they "
                                "would take minutes; put blanks into them, or leave the text out")
         ids = self.encoding.encode_ordinary(text)
