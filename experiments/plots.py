@@ -42,7 +42,7 @@ def plotting() -> tuple:
         import matplotlib.pyplot as plt
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise BadInput(f"pictures need {error.name}: pip install -r requirements-plot.txt") from None
+        raise BadInput(f"pictures need {error.name}: pip install -r requirements-lesson.txt") from None
     return plt, TSNE
 
 

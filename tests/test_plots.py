@@ -53,5 +53,5 @@ def test_curves(runs):
 def test_pictures_want_their_packages(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "run")])
-    with pytest.raises(BadInput, match="pictures need .*: pip install -r requirements-plot.txt"):
+    with pytest.raises(BadInput, match="pictures need .*: pip install -r requirements-lesson.txt"):
         plots.main()  # before it looks at any run
