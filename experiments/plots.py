@@ -117,13 +117,13 @@ def tsne(views: np.ndarray) -> np.ndarray:
     return TSNE(random_state=0, init="pca", perplexity=min(30, len(views) // 3)).fit_transform(views)
 
 
-def draw_views(axis, text: np.ndarray, enc: np.ndarray) -> None:
-    """t-SNE of Enc(Text) and Enc(Code), each (N, C), with a line between the views of ten pairs."""
-    flat = np.split(tsne(np.concatenate([text, enc])), 2)  # (N, 2) each
-    for view, marker, label in zip(flat, "ox", ("Enc(Text)", "Enc(Code)"), strict=True):
+def draw_views(axis, a: np.ndarray, b: np.ndarray, labels: tuple[str, str]) -> None:
+    """t-SNE of two views, each (N, C), with a line between those of ten pairs."""
+    flat = np.split(tsne(np.concatenate([a, b])), 2)  # (N, 2) each
+    for view, marker, label in zip(flat, "ox", labels, strict=True):
         axis.scatter(*view.T, s=9, marker=marker, linewidths=0.7, label=label)
-    for a, b in zip(*(view[:10] for view in flat), strict=True):
-        axis.plot(*zip(a, b, strict=True), color="grey", linewidth=0.5)
+    for pair in zip(*(view[:10] for view in flat), strict=True):
+        axis.plot(*zip(*pair, strict=True), color="grey", linewidth=0.5)
     axis.set(xticks=[], yticks=[])
 
 
@@ -139,7 +139,7 @@ def draw_runs(folders: list[str], out: Path, o: EvalOptions) -> list[str]:
     figure, axes = plt.subplots(1, len(variants), figsize=(4.2 * len(variants), 4), squeeze=False)
     for axis, (name, members) in zip(axes[0], variants, strict=True):
         text, _, enc, _ = views[members[0]]
-        draw_views(axis, text[:300].numpy(), enc[:300].numpy())
+        draw_views(axis, text[:300].numpy(), enc[:300].numpy(), ("Enc(Text)", "Enc(Code)"))
         axis.set_title(name)
     axes[0, 0].legend()
     save(figure, out / "tsne.png")
