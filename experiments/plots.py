@@ -239,8 +239,10 @@ def draw_committed(out: Path) -> list[str]:
 def main() -> None:
     o = parse_options(PlotOptions, description=__doc__, positional=("runs",))
     out = Path(o.out or ("pictures" if o.runs else HERE / "results" / "pictures"))
-    names = draw_runs(o.runs, out, EvalOptions(data_dir=o.data_dir, device=o.device)) if o.runs else (
-        draw_committed(out))
+    if o.runs:
+        names = draw_runs(o.runs, out, EvalOptions(data_dir=o.data_dir, device=o.device))
+    else:
+        names = draw_committed(out)
     print(f"{', '.join(names)}: in {out}")
 
 

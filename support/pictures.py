@@ -12,8 +12,8 @@ COLOURS = ("#4878d0", "#ee854a", "#6acc64", "#d65f5f", "#956cb4", "#8c613c")  # 
 
 
 def plotting():
-    """matplotlib.pyplot; BadInput if it is not installed."""
-    library("matplotlib", "a picture", LESSON)
+    """matplotlib.pyplot, for files and not for windows; BadInput if it is not installed."""
+    library("matplotlib", "a picture", LESSON).use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
