@@ -122,6 +122,18 @@ def test_a_setting_is_a_line(tmp_path, pairs):
     assert train_there(tmp_path, pairs, ["--margin", "2"])[0]["jepa"] == 0
 
 
+def test_a_literal_is_an_entry(tmp_path):
+    """Exercise 9: how many pairs have it."""
+    copy_of_the_project(tmp_path)
+    path, at = tmp_path / "tasks" / "nlrx.py", '"a vowel": "[AEIOUaeiou]"'
+    code = path.read_text()
+    assert code.count(at) == 1
+    path.write_text(code.replace(at, f"{blocks(9, 'python')[0].strip()} {at}"))
+    count = "from tasks.nlrx import generate as g; print(sum('[02468]' in c for _, c in g(10_000)[:8_000]))"
+    reply = subprocess.run([sys.executable, "-c", count], cwd=tmp_path, capture_output=True, text=True)
+    assert f"{int(reply.stdout):,} pairs have it" in PARTS[9]
+
+
 # ---- what came out -----------------------------------------------------------------------------------------
 
 def test_every_run_is_that_of_its_command():
@@ -176,7 +188,7 @@ def test_the_comparison_of_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runs = [str(path.relative_to(tmp_path)) for name in ("plain", "infonce")
             for path in sorted((tmp_path / "runs").glob(f"{name}-*"))]
-    assert len(runs) == 6 and "compare runs/plain-* runs/infonce-* --narrow" in PARTS[10]
+    assert len(runs) == 4 and "compare runs/plain-* runs/infonce-* --narrow" in PARTS[10]
     monkeypatch.setattr(sys, "argv", ["compare", *runs, "--narrow"])
     compare.main()
     table, = re.findall(r"((?:^\|.*\n)+)", PARTS[10], re.M)
