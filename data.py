@@ -7,7 +7,7 @@
     collate_fused     many pairs as rows of segments for jepa_loss.fused
     micro_batches     the batches of a step, whose pairs are fixed by (seed, step)
 
-    python data.py show nlrx_synth          one pair: tokens, segments, labels, attention picture
+    python data.py show nlrx_synth          one pair: tokens, segments, labels, attention (--png FILE: drawn)
     python data.py download nlrx_synth      fetch the published files at a pinned commit and check them
 
 Pairs are read by tasks/datasets.py, tokenized by support/tokenizer.py.
@@ -31,6 +31,7 @@ from support import distributed
 from support.files import BadInput, main_guard, printable
 from support.hf import BACKENDS
 from support.hf_tokenizer import load_tokenizer
+from support.pictures import draw_row
 from support.settings import opt, parse_options
 from support.speed import Sampler, Shape, pack, pad_to
 from support.tokenizer import FORMATS, Tokenizer, train_bpe
@@ -470,6 +471,7 @@ class ShowOptions(ViewOptions):
     init_from: str = opt("", "a model folder, for its tokenizer", needs="command=show")
     format: Literal[FORMATS] = opt("auto", "of conversations", needs="command=show")
     backend: Literal[BACKENDS] = opt("auto", "see train.py", needs="init_from")
+    png: str = opt("", "draw segments and attention into this file", needs="command=show")
 
 
 def show(o: ShowOptions) -> None:
@@ -486,6 +488,10 @@ def show(o: ShowOptions) -> None:
     batch = collate_fused([render_views(example, tokenizer, o)], [True])
     print(printable(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n", keep="\t\n"))
     print(picture(batch, tokenizer, colour=sys.stdout.isatty()))
+    if o.png:
+        names = [tokenizer.name(token) for token in batch.ids[0].tolist()]
+        draw_row(o.png, example.where, names, batch.segment[0].tolist(), batch.parent[0].tolist(),
+                 dense_mask(batch.segment, batch.parent)[0, 0])
 
 
 def main() -> None:

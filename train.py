@@ -125,6 +125,7 @@ class Config(RunOptions):
     log_every: int = neutral(10, "steps between two lines of metrics.jsonl", low=1)
     checkpoint_every: int = neutral(0, "steps between two checkpoints; 0: an epoch", low=0)
     eval_every: int = neutral(0, "steps between two scores of 200 test items; 0: an epoch", low=0)
+    log: Literal["", "tensorboard"] = neutral("", "write what metrics.jsonl has for this program as well")
     out: str = neutral("", "run folder (default: runs/, named after the dataset and other settings)")
 
 
@@ -240,6 +241,16 @@ def weights_of_terms(c: Config, share: float = 1.0) -> dict[str, float]:
     if share < c.lam_warmup:
         weights["jepa"] *= share / c.lam_warmup
     return weights
+
+
+def in_words(c: Config) -> str:
+    """What a run is going to do."""
+    text, code = ("Code", "Text") if c.reverse else ("Text", "Code")
+    terms = {"ntp": "next-token loss", "stp": "Semantic Tube Prediction", "reg": c.reg,
+             "jepa": f"{c.distance} of Pred(Enc({text})) and Enc({code})"}
+    loss = " + ".join(f"{weight:g} x {terms[name]}" for name, weight in weights_of_terms(c).items() if weight)
+    method, start = "LLM-JEPA" if c.lam else "training", c.init_from or "scratch"
+    return f"{method} on {c.dataset}, from {start}: {loss}"
 
 
 @torch.no_grad()
@@ -405,16 +416,16 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
     start, seen = run.restore(model, optimizer, first, ema)
     step_terms, make = compile_step(c, step_terms, partial(micro_batches, c, views, sampler),
                                     an_epoch if c.max_flops else total)
-    length = f"{c.max_flops:g} FLOPs" if c.max_flops else f"{total} steps"
+    whole, unit = (c.max_flops, "FLOP") if c.max_flops else (total, "step")
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
-          f"{len(data.train)} examples in format {tokenizer.format.name}, {length} on {distributed.world} x "
-          f"{device} in {dtype}; run folder {run.folder}"
+          f"{len(data.train)} examples in format {tokenizer.format.name}, {whole:.12g} {unit}s on "
+          f"{distributed.world} x {device} in {dtype}; run folder {run.folder}"
           f"{f', from step {start}' if start else ''}", flush=True)
 
     steps, logged, saved = range(start, total), seen, start
     batches_of_steps = prefetch(make, steps) if c.prefetch else map(make, steps)
-    bar = tqdm(total=None if c.max_flops else total, initial=start, unit="step", dynamic_ncols=True,
-               disable=distributed.rank > 0 or None)
+    bar = tqdm(total=whole, initial=seen["flops"] if c.max_flops else start, unit=unit, dynamic_ncols=True,
+               unit_scale=bool(c.max_flops), disable=distributed.rank > 0 or None)
     began = time.perf_counter() - seen["seconds"]
     with interrupts.deferred(), bar:
         for step, batches in zip(steps, batches_of_steps, strict=True):
@@ -424,8 +435,8 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
                 run.save(model, optimizer, step, seen, ema)
                 raise KeyboardInterrupt(f"the same command goes on from step {step}")
             counts, examples, flops = count_step(c, model, batches)
-            budget = (seen["flops"], seen["flops"] + flops, c.max_flops)
-            before, after, whole = budget if c.max_flops else (step, step + 1, total)
+            before = seen["flops"] if c.max_flops else step
+            after = before + (flops if c.max_flops else 1)
             lr, weights = lr_at(before, after, whole, c), weights_of_terms(c, before / whole)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -444,9 +455,9 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
             done = step + 1
             seen = {"examples": seen["examples"] + examples, "tokens": seen["tokens"] + counts["ntp"],
                     "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
-            last = done == total or bool(c.max_flops) and seen["flops"] >= c.max_flops
+            last = after >= whole
             row = {"step": done, "epoch": done / an_epoch, **seen}
-            bar.update()
+            bar.update(after - before)
             if done % c.log_every == 0 or done % every == 0 or done % an_epoch == 0 or last:
                 speed = round((seen["tokens"] - logged["tokens"]) / (seen["seconds"] - logged["seconds"]))
                 logged = seen
@@ -468,6 +479,7 @@ def train(c: Config) -> dict:
     """Train, or go on training, and score; returns what eval.json holds (to rank 0)."""
     c = checked(c)
     device, folder = distributed.join(pick_device(c.device)), Path(c.out)
+    print(printable(in_words(c)), flush=True)
     with distributed.zero_first():
         data = load(c)
         model, tokenizer = make_model(c, data)

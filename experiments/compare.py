@@ -3,6 +3,7 @@
     python -m experiments.compare RUN RUN ...
     python -m experiments.compare RUN RUN ... --against RUN    differences from the variant of this run
     python -m experiments.compare RUN RUN ... --narrow         the most important columns only
+    python -m experiments.compare RUN RUN ... --latex          for a paper, with what must be said of it
 
 Runs that differ in nothing but the seed are one variant: mean ± standard deviation over its seeds. The
 baseline of a variant is the plain one (next-token loss alone) that shares its other settings. On the seeds
@@ -11,6 +12,7 @@ that both have, the table shows the mean difference and its 95 % interval for ot
 """
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ class CompareOptions:
     runs: list[str] = opt((), "run folders, or folders with the eval.json of one")
     against: str = opt("", "one of the runs; its variant is the baseline of all others")
     narrow: bool = opt(False, "the most important columns only")
+    latex: bool = opt(False, "the table for a paper (booktabs): seeds, intervals and versions in its caption")
     json: str = opt("", "write all numbers to this file")
 
 
@@ -193,8 +196,32 @@ def difference(row: dict, column: str) -> str:
     return ("identical" if d["identical"] else interval) + of
 
 
-def comparison(results: dict[str, dict], against: str = "", narrow: bool = False) -> str:
-    """A line that says what is compared, and a Markdown table of `compare`."""
+def latex(caption: str, lines: list[list[str]], results: dict[str, dict]) -> str:
+    """The same as LaTeX. The caption also says which seeds, what the intervals are of, and with what the runs
+    were made."""
+    def every(get) -> str:
+        return ", ".join(sorted({str(get(run)) for run in results.values()}))
+
+    def escape(text: str) -> str:
+        text = re.sub(r"[&%$#_{}]", r"\\\g<0>", text.replace("\\", "/"))
+        return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde{}").replace("^", r"\^{}")
+
+    seeds = [*dict.fromkeys(str(run["config"]["seed"]) for run in results.values())]
+    others = "seeds and items" if len(seeds) > 1 else "items"
+    caption += (f". Mean ± standard deviation over seeds {', '.join(seeds)}; differences on the same seeds "
+                f"and items, with 95 % intervals for other {others}. LLM-JEPA from scratch at commit "
+                f"{every(lambda run: str(run['git_commit'])[:7])}, PyTorch "
+                f"{every(lambda run: run['versions']['torch'])}, {every(lambda run: run['device'])}, "
+                f"{every(lambda run: run['dtype'])}.")
+    head, *rows = (" & ".join(map(escape, line)) + r" \\" for line in lines)
+    return "\n".join([r"\begin{table}", rf"\caption{{{escape(caption)}}}",
+                      rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\toprule", head, r"\midrule",
+                      *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+
+def comparison(results: dict[str, dict], against: str = "", narrow: bool = False,
+               for_paper: bool = False) -> str:
+    """A line that says what is compared, and a table of `compare`, in Markdown or, for_paper, in LaTeX."""
     rows, (first, *_) = compare(results, against), results.values()
     caption = f"{first['config']['dataset']}, {first['config']['eval_split']}, {first['n']:,} items"
     caption += f"; baseline: the variant of {against}" if against else ""
@@ -210,14 +237,14 @@ def comparison(results: dict[str, dict], against: str = "", narrow: bool = False
         if not narrow:
             lines[-1] += [f"{row['examples']:,.0f}", f"{row['flops'] / 1e15:.3g}"]
     lines[0] += [] if narrow else ["examples", "PFLOP"]
-    return f"{printable(caption)}\n\n{markdown(lines)}"
+    return latex(caption, lines, results) if for_paper else f"{printable(caption)}\n\n{markdown(lines)}"
 
 
 def main() -> None:
     o = parse_options(CompareOptions, description=__doc__, positional=("runs",))
     results = {str(Path(folder)): read_result(folder) for folder in o.runs}
     against = o.against and str(Path(o.against))
-    print(comparison(results, against, o.narrow))
+    print(comparison(results, against, o.narrow, o.latex))
     if o.json:
         write_text(o.json, json.dumps(compare(results, against), indent=2) + "\n")
 

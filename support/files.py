@@ -142,6 +142,14 @@ def sha256(path: str | Path) -> str:
     return digest_of(path, hashlib.sha256())
 
 
+def library(name: str, why: str, file: str = "requirements-hf.txt"):
+    """A module of an optional extra; BadInput if it is not installed."""
+    try:
+        return __import__(name)
+    except ImportError:
+        raise BadInput(f"{why} needs {name}: pip install -r {file}") from None
+
+
 def printable(text: object, keep: str = "") -> str:
     """A text of others as a terminal can be given it: control characters, which may move its cursor or write
     to its clipboard, and what turns the direction of reading stand there as escapes. keep: but for these."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.checkpoint import HEAD_FILE, PRED_FILE, load_extras, save_tensors
-from support.files import BadInput, atomic, printable, read_json, regular
+from support.files import BadInput, atomic, library, printable, read_json, regular
 from support.hf_check import brief, check
 
 BACKENDS = ("auto", "ours", "transformers")
@@ -29,14 +29,6 @@ def uses_transformers(folder: str | Path, backend: str = "auto") -> bool:
     if backend != "auto" or not Path(folder, "config.json").exists():
         return backend == "transformers"
     return read_json(Path(folder, "config.json")).get("model_type", "llama") != "llama"
-
-
-def library(name: str, why: str):
-    """A module of requirements-hf.txt; BadInput if it is not installed."""
-    try:
-        return __import__(name)
-    except ImportError:
-        raise BadInput(f"{why} needs {name}: pip install -r requirements-hf.txt") from None
 
 
 @dataclass

@@ -3,8 +3,8 @@ import json
 from pathlib import Path
 
 from support.chat import cut_template
-from support.files import BadInput, atomic
-from support.hf import brief, library, uses_transformers
+from support.files import BadInput, atomic, library
+from support.hf import brief, uses_transformers
 from support.tokenizer import Tokenizer, carried_files, make_format, note_on_template, template_format
 
 

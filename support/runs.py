@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from support import distributed
 from support.distributed import gathered, part_of
-from support.files import BadInput, append, atomic, parse_json, printable, read_json, regular, write_text
+from support.files import BadInput, append, atomic, library, parse_json, printable, read_json, regular
+from support.files import write_text
 from support.settings import differences, fill
 from support.tables import COLUMNS, SHARES, from_hex
 
@@ -93,6 +94,29 @@ def run_summary(folder: Path) -> dict:
             "trained": trained_so_far(folder)}
 
 
+class Board:
+    """What metrics.jsonl holds, in FOLDER/tensorboard: the terms of the loss apart, and scores on the way as
+    look/NAME. BadInput if TensorBoard is not installed."""
+
+    def __init__(self, folder: Path):
+        library("tensorboard", "--log tensorboard", "requirements-lesson.txt")
+        self.folder, self.writer = folder / "tensorboard", None
+
+    def write(self, row: dict) -> None:
+        if self.writer is None:  # a run that goes on replaces what it had shown of later steps
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(str(self.folder), purge_step=row["step"])
+        values = {f"look/{name}": value for name, value in row["look"].items()} if "look" in row else row
+        for name, value in values.items():
+            if type(value) in (int, float) and name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
 class Run(contextlib.AbstractContextManager):
     """An open run folder. The one process that `writes` has it for itself until it ends or closes it."""
 
@@ -100,6 +124,7 @@ class Run(contextlib.AbstractContextManager):
         """Make the folder and its run.json from the record, or recognise them. BadInput if it is another
         run's (other settings, data or base model) or in use. settings, former: see settings.fill."""
         self.folder, self.log, self.last_line = folder, None, b""
+        self.board = Board(folder) if writes and record["config"].get("log") == "tensorboard" else None
         self.settings, self.former = settings, former
         path = folder / "run.json"
         if folder.exists() and not path.exists():
@@ -149,8 +174,9 @@ class Run(contextlib.AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        if self.log:
-            self.log.close()
+        for file in (self.log, self.board):
+            if file:
+                file.close()
 
     def write(self, row: dict) -> None:
         """A line of metrics.jsonl."""
@@ -158,6 +184,8 @@ class Run(contextlib.AbstractContextManager):
             self.last_line = json.dumps(row).encode() + b"\n"
             self.log.write(self.last_line)
             self.log.flush()  # for whoever watches the run
+        if self.board:
+            self.board.write(row)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seen: dict,
              ema: nn.Module | None = None) -> None:

@@ -98,7 +98,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str = "", posit
         if get_origin(hint) is Literal:
             extra["choices"] = get_args(hint)
         elif hint == list[str]:
-            extra["nargs"] = "+"
+            extra["nargs"] = "*" if "(default" in meta["help"] else "+"
         elif hint in (bool, bool | None):
             extra["action"] = argparse.BooleanOptionalAction
         else:

@@ -278,6 +278,14 @@ def test_show_command(tmp_path, monkeypatch, capsys):
     show(tmp_path / "a.jsonl", "--k", 2)
     shown = capsys.readouterr().out
     assert "[PRED2]" in shown and "<- enc" in shown
+    show(tmp_path / "a.jsonl", "--png", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        show(tmp_path / "a.jsonl", "--png", tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+    assert capsys.readouterr().err == ("error: a picture needs matplotlib: "
+                                       "pip install -r requirements-lesson.txt\n")
     for arguments, message in (
             (["none.jsonl"], "none.jsonl: no such file"),
             ([tmp_path / "a.jsonl", "--index", 10], "--index 10: there are 10 training examples")):

@@ -70,7 +70,7 @@ def test_ranks_equal_one_process(uneven, tmp_path, n, flags):
     finished_ranks = ranks([*command, "--out", tmp_path / "many"], n)
     go([arg for arg in command if arg not in ("--shard", "none")], "--out", tmp_path / "one")
     speaker, *silent = finished(finished_ranks)
-    assert speaker.stdout.startswith("data: file") and not any(job.stdout for job in silent)
+    assert "\ndata: file" in speaker.stdout and not any(job.stdout for job in silent)
     assert_same_run(tmp_path / "one", tmp_path / "many", 50 if "50" in flags else 56)
     a, b = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("one", "many"))
     assert all(a[name] == b[name] for name in ("exact", "prefix", "stopped", "n"))

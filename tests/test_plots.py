@@ -1,8 +1,11 @@
 """experiments/plots.py: the pictures of small runs, one of them of an older version."""
 import json
+import re
+import shutil
 import sys
 
 import pytest
+from conftest import ROOT
 
 import train
 from experiments import plots
@@ -39,10 +42,39 @@ def test_pictures_of_runs(runs, tmp_path, monkeypatch):
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
 
 
+def test_pictures_of_the_committed_results(tmp_path, monkeypatch, capsys):
+    """Also of a section of runs without weights, which keeps their scores on the way."""
+    here = tmp_path / "experiments"
+    shutil.copytree(ROOT / "experiments" / "results", here / "results", ignore=lambda *_: ["pictures"])
+    shutil.copy(ROOT / "experiments" / "RESULTS.md", here)
+    for name in ("plain-train_eos-82", "jepa-train_eos-82"):
+        rows = [{"step": n, "epoch": n, "look": {"exact": n / 4, "p_end": 0.5}} for n in (1, 2)]
+        (here / "results" / "stopping" / name / "looks.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(plots, "HERE", here)
+    monkeypatch.setattr(sys, "argv", ["plots"])
+    plots.main()
+    made = sorted((here / "results" / "pictures").iterdir())
+    assert [path.name for path in made] == ["differences.png", "five_questions.png", "singular_values.png",
+                                            "stopping.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    looks = plots.curves(here / "results" / "stopping" / "jepa-train_eos-82")
+    assert looks["exact"][:2].tolist() == [[1, 0.25], [2, 0.5]] and looks["exact"][2, 1] > 0.8
+    assert {path.name for path in made[:3]} <= {
+        path.name for path in (ROOT / "experiments" / "results" / "pictures").iterdir()}
+
+
+def test_the_forest_has_every_row_with_an_interval():
+    rows = plots.answers()
+    assert ("SYNTH: does JEPA help?", "lam 1, k 1 - plain", 0.45, -0.5, 1.4) in rows
+    results = (ROOT / "experiments" / "RESULTS.md").read_text().split("\n## ")[0]
+    assert len(rows) == len(re.findall(r"\d \[[+-]", results)) and all(row[0] for row in rows)
+
+
 def test_curves(runs):
     """The terms of every second step and of each epoch's last; the scores of two epochs, and of the end."""
     jepa, plain = plots.curves(runs[0]), plots.curves(runs[2])
-    assert set(jepa) == {"ntp", "jepa", "exact", "cos_paired", "cos_shuffled"}
+    assert set(jepa) == {"ntp", "jepa", "exact", "prefix", "p_end", "cos_paired", "cos_shuffled"}
     assert set(jepa) - set(plain) == {"jepa"}  # a term that it went without
     assert jepa["exact"][:, 0].tolist() == [1, 2, 3] and jepa["ntp"][-1, 0] == 3
     assert jepa["ntp"].shape == jepa["jepa"].shape == (6, 2)
@@ -51,7 +83,7 @@ def test_curves(runs):
 
 
 def test_pictures_want_their_packages(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "run")])
-    with pytest.raises(BadInput, match="pictures need .*: pip install -r requirements-plot.txt"):
+    with pytest.raises(BadInput, match="a picture needs .*: pip install -r requirements-lesson.txt"):
         plots.main()  # before it looks at any run

@@ -46,6 +46,21 @@ def test_table(file, arguments, line, written, monkeypatch, capsys):
     assert line == caption and cells(written) == cells(printed)
 
 
+def test_the_table_for_a_paper(monkeypatch, capsys):
+    """docs/CITING.md shows what its last command prints; with one seed, the caption claims no more."""
+    command = r"```bash\npython -m experiments\.compare (\S+) --narrow --latex\n```\n\n```latex\n(.*?)\n```"
+    (runs, shown), = re.findall(command, (ROOT / "docs" / "CITING.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+
+    def printed(pattern: str) -> str:
+        monkeypatch.setattr("sys.argv", ["compare", *expand(pattern), "--narrow", "--latex"])
+        compare.main()
+        return capsys.readouterr().out.strip()
+    assert printed(runs) == shown and "for other seeds and items" in shown and shown.count(r"\\") == 3
+    assert not re.search(r"(?<!\\)[%_]|±", shown)
+    assert "for other items." in printed("experiments/results/search_synth/[cm]*")
+
+
 def test_every_result_is_in_a_table_and_every_table_in_full(monkeypatch):
     monkeypatch.chdir(ROOT)
     narrow = [arguments for file, arguments, *_ in TABLES if file == "RESULTS"]

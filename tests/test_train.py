@@ -101,7 +101,7 @@ def test_a_whole_run(argv, tmp_path):
     """Train, score, start again, answer a prompt: as a user does."""
     reply = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True)
     assert reply.returncode == 0, reply.stderr
-    assert reply.stdout.startswith("data: file\n") and reply.stdout.count("\ntarget ") == 5
+    assert "\ndata: file\n" in reply.stdout and reply.stdout.count("\ntarget ") == 5
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
         "run.json", "metrics.jsonl", "state.pt", "config.json", "model.safetensors",
@@ -456,6 +456,66 @@ def test_a_layer_that_is_not_there(small_run, finished_run, tmp_path):
     (finished_run / "run.json").write_text(json.dumps(record))
     with pytest.raises(BadInput, match="run.json: layer is 1, which the model does not have"):
         eval.score_run(finished_run, eval.EvalOptions())
+
+
+# ---- watching a run ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags,words", [
+    ("", "LLM-JEPA on nlrx_synth, from scratch: 1 x next-token loss + 1 x cosine of Pred(Enc(Text)) and "
+         "Enc(Code)"),
+    ("--lam 0", "training on nlrx_synth, from scratch: 1 x next-token loss"),
+    ("--init_from runs/a --lam 0.5 --distance l2 --reverse --gamma 0 --reg_weight 2",
+     "LLM-JEPA on nlrx_synth, from runs/a: 0.5 x l2 of Pred(Enc(Code)) and Enc(Text) + 2 x vicreg")])
+def test_a_run_says_what_it_is_going_to_do(flags, words):
+    assert train.in_words(train.parse_config(flags.split())) == words
+
+
+def test_the_words_are_the_first_line(argv, capsys):
+    go(argv, "--max_steps", 1)
+    assert capsys.readouterr().out.startswith(f"LLM-JEPA on {argv[1]}, from scratch: 1 x ")
+
+
+@pytest.mark.parametrize("budget", ["--max_steps 6", "--max_flops 3e8"])
+def test_the_progress_bar_says_when_it_will_end(argv, tmp_path, monkeypatch, budget):
+    """Its total is the whole run's, in steps or FLOPs; one that goes on begins where it was."""
+    bars, made = [], train.tqdm
+    argv = [*argv[:argv.index("--epochs")], "--log_every", "1", "--checkpoint_every", "2", *budget.split()]
+    monkeypatch.setattr(train, "tqdm", lambda **k: bars.append(made(**k | {"disable": False})) or bars[-1])
+    die_at_step(3, argv)
+    go(argv)
+    end = steps_of(tmp_path / "run")[-1]
+    ends = [bar.n for bar in bars]
+    if "flops" in budget:
+        assert bars[0].total == 3e8 <= ends[1] == end["flops"] and end["step"] > 3
+        assert bars[1].initial == steps_of(tmp_path / "run")[1]["flops"]
+    else:
+        assert [(bar.total, bar.initial) for bar in bars] == [(6, 0), (6, 2)] and ends == [3, 6]
+
+
+def test_tensorboard_shows_what_metrics_hold(argv, tmp_path):
+    """Every number of every line, at its step, once: also where a run has died and gone on."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = [*argv, "--log", "tensorboard", "--checkpoint_every", "3", "--eval_every", "4"]
+    die_at_step(5, argv)
+    go(argv)
+    shown = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    shown.Reload()
+    found = {(name, event.step): event.value for name in shown.Tags()["scalars"]
+             for event in shown.Scalars(name)}
+    wanted = {}
+    for row in rows_of(tmp_path / "run"):
+        values = {f"look/{name}": value for name, value in row["look"].items()} if "look" in row else row
+        wanted |= {(name, row["step"]): value for name, value in values.items()
+                   if type(value) in (int, float) and name != "step"}
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert {("ntp", 20), ("jepa", 20), ("look/exact", 16), ("look/cos_shuffled", 4)} <= found.keys()
+
+
+def test_without_tensorboard_nothing_is_begun(argv, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(BadInput, match="--log tensorboard needs tensorboard: pip install -r requirem"):
+        go(argv, "--log", "tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
