@@ -27,7 +27,8 @@ from support.settings import fill, in_group, opt, parse_options, with_identity
 from support.tables import COLUMNS, from_hex, markdown, shown
 
 COST = ("examples", "flops", "seconds")
-NARROW = ("exact", "dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
+NARROW = ("dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
+STOPPING = ("prefix", "stopped", "p_end")  # where not every answer stops
 LENGTH = [f.name for f in fields(train.Config) if "!max_flops" in f.metadata["needs"]]  # epochs, max_steps
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
 
@@ -227,9 +228,14 @@ def comparison(results: dict[str, dict], against: str = "", narrow: bool = False
     caption += f"; baseline: the variant of {against}" if against else ""
     if any(len(d["seeds"]) == 1 for row in rows for d in row["minus"].values()):
         caption += "; one seed: the interval is for other items alone"
-    columns = [c for c in (NARROW if narrow else COLUMNS) if any(c in row["columns"] for row in rows)]
-    minus = [c for c in (("exact", "correct") if narrow else ("exact", "prefix", "dfa_equal", "correct"))
-             if any(c in row["minus"] for row in rows)]
+    columns, judged = COLUMNS, ("exact", "prefix", "dfa_equal", "correct")
+    if narrow:
+        means = [{c: x[0] for c, x in row["columns"].items()} for row in rows]
+        goes_on = any("p_end" in x and x.get("stopped", 1) < 0.9 for x in means)
+        columns = ("exact", *(STOPPING if goes_on else ()), *NARROW)
+        judged = ("exact", "prefix", "correct") if goes_on else ("exact", "correct")
+    columns = [c for c in columns if any(c in row["columns"] for row in rows)]
+    minus = [c for c in judged if any(c in row["minus"] for row in rows)]
     lines = [["variant", "seeds", *columns, *(f"{c} - {'baseline' if against else 'plain'}" for c in minus)]]
     for row in rows:
         means = (" ± ".join(shown(c, x) for x in row["columns"].get(c, ())) or "-" for c in columns)

@@ -93,6 +93,9 @@ def test_seeds_are_one_variant_and_differences_are_paired():
     assert lines[5].startswith("| alpha 0.5 ") and "| identical " in lines[5]
     assert comparison(results, narrow=True).splitlines()[2].split() == (
         "| variant | seeds | exact | exact - plain |").split()
+    goes_on = {"p": plain(1, a) | {"stopped": 0.2, "prefix": 0.5, "p_end": 0.1}}
+    assert comparison(goes_on, narrow=True).splitlines()[2].split() == (
+        "| variant | seeds | exact | prefix | stopped | p_end |").split()
     equal_means = compare({"p": plain(1, [1, 0]), "j": result(1, [0, 1])})[1]["minus"]["exact"]
     assert equal_means["mean"] == 0 and not equal_means["identical"]
 
