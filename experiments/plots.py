@@ -56,7 +56,9 @@ def curves(folder: str | Path) -> dict[str, np.ndarray]:
     path, points = Path(folder) / "metrics.jsonl", {name: [] for name in TERMS + SCORES}
     rows = list(read_metrics(path if path.exists() else path.with_name("looks.jsonl")))
     if path.with_name("eval.json").exists():
-        rows.append({"epoch": rows[-1]["epoch"], "look": read_result(folder)})
+        result, last = read_result(folder), rows[-1]
+        epoch = last["epoch"] / last["step"] * result["trained"].get("step", last["step"])
+        rows.append({"epoch": epoch, "look": result})
     for row in rows:
         values = row.get("look", row)
         for name in SCORES if "look" in row else TERMS:

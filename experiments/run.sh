@@ -66,7 +66,7 @@ run() {  # SECTION NAME FLAGS
     }
     mkdir -p "$(dirname "$kept")"
     cp "$folder/eval.json" "$kept"
-    grep '"look"' "$folder/metrics.jsonl" > "${kept%eval.json}looks.jsonl" || true  # scores on the way
+    [[ $* != *--eval_every* ]] || grep '"look"' "$folder/metrics.jsonl" > "${kept%eval.json}looks.jsonl"
 }
 
 flops() {  # SECTION/NAME: what this run took

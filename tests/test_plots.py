@@ -47,21 +47,17 @@ def test_pictures_of_the_committed_results(tmp_path, monkeypatch, capsys):
     here = tmp_path / "experiments"
     shutil.copytree(ROOT / "experiments" / "results", here / "results", ignore=lambda *_: ["pictures"])
     shutil.copy(ROOT / "experiments" / "RESULTS.md", here)
-    for name in ("plain-train_eos-82", "jepa-train_eos-82"):
-        rows = [{"step": n, "epoch": n, "look": {"exact": n / 4, "p_end": 0.5}} for n in (1, 2)]
-        (here / "results" / "stopping" / name / "looks.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(plots, "HERE", here)
     monkeypatch.setattr(sys, "argv", ["plots"])
     plots.main()
     made = sorted((here / "results" / "pictures").iterdir())
-    assert [path.name for path in made] == ["differences.png", "five_questions.png", "singular_values.png",
-                                            "stopping.png"]
+    assert [path.name for path in made] == ["differences.png", "five_questions.png", "habit.png",
+                                            "singular_values.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
-    looks = plots.curves(here / "results" / "stopping" / "jepa-train_eos-82")
-    assert looks["exact"][:2].tolist() == [[1, 0.25], [2, 0.5]] and looks["exact"][2, 1] > 0.8
-    assert {path.name for path in made[:3]} <= {
+    assert {path.name for path in made} <= {
         path.name for path in (ROOT / "experiments" / "results" / "pictures").iterdir()}
+    looks = plots.curves(here / "results" / "habit" / "jepa-train_eos-82")  # the last one is eval.json's
+    assert looks["exact"][[0, -1], 0].tolist() == [0.2, 2] and len(looks["p_end"]) == 10
 
 
 def test_the_forest_has_every_row_with_an_interval():
