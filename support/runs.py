@@ -59,12 +59,12 @@ def read_score(folder: str | Path) -> dict:
     result = read_json(path)
     try:
         n, names = result["n"], [result.get(name, "") for name in ("dataset", "source")]
-        if type(n) is not int or n < 1:
-            raise ValueError
         verdicts = {name: from_hex(text, n) for name, text in result.get("items", {}).items()}
+        if type(n) is not int or n < 1 or any(len(x) != n for x in verdicts.values()):
+            raise ValueError
         result |= {name: float(x.mean()) for name, x in verdicts.items() if name in SHARES}
         numbers = [result[name] for name in SCORES if result.get(name) is not None]
-        if not (all(type(name) is str for name in names) and all(len(x) == n for x in verdicts.values())
+        if not (all(type(name) is str for name in names)
                 and all(type(x) in (int, float) and not abs(x) > 1e99 for x in numbers)):
             raise ValueError
     except (LookupError, TypeError, ValueError, AttributeError):

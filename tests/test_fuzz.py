@@ -351,9 +351,10 @@ def test_metrics_of_others(change, run_folder):
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_items(run_folder):
+@pytest.mark.parametrize("n", [0, 12])
+def test_no_verdicts(run_folder, n):
     path = run_folder / "eval.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n": 0, "items": {"exact": ""}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n": n, "items": {"exact": ""}}))
     assert "damaged" in refused(read_score, run_folder)
 
 
