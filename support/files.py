@@ -23,6 +23,9 @@ from pathlib import Path
 class BadInput(ValueError):
     """The user's mistake; the message is one line that names it and says what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # it may quote a stranger's file
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path):
@@ -81,9 +84,10 @@ def regular(path: str | Path, most: int | None = None) -> Path:
     """The path, of a file with at most so many bytes. BadInput if it has more or if it, or what it links to,
     is no regular file: to read a pipe or a device may never end."""
     path = Path(path)
-    if "\0" in str(path):
-        raise BadInput(f"{str(path)!r}: no name of a file")
-    status = path.stat()
+    try:
+        status = path.stat()
+    except ValueError as error:  # "\0" in it, or half of a surrogate pair
+        raise BadInput(f"{path}: no name of a file ({error})") from None
     if not stat.S_ISREG(status.st_mode):
         raise BadInput(f"{path}: not a regular file; put one in its place, or remove it")
     if most is not None and status.st_size > most:
@@ -152,8 +156,9 @@ def library(name: str, why: str, file: str = "requirements-hf.txt"):
 
 def printable(text: object, keep: str = "") -> str:
     """A text of others as a terminal can be given it: control characters, which may move its cursor or write
-    to its clipboard, and what turns the direction of reading stand there as escapes. keep: but for these."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+    to its clipboard, what turns the direction of reading, and halves of surrogate pairs stand there as
+    escapes. keep: but for these."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
                   lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], str(text))
 
 

@@ -230,7 +230,7 @@ def test_settings_and_verdicts(name, n, run_folder, monkeypatch):
             (run_folder / "metrics.jsonl").write_bytes(metrics)
             (run_folder / "eval.json").write_text(json.dumps(result)) if name == "run.json" else None
     other = read_result(run_folder)
-    for setting in ("k", "layer", "n_train", "distance", "dataset", "compile"):
+    for setting in ("k", "layer", "n_train", "distance", "dataset", "test_file", "compile"):
         for value in HOSTILE:
             check(({setting: value}, {}, [True]))
     changes = st.dictionaries(st.sampled_from(SETTINGS), NUMBERS, max_size=3)
