@@ -249,9 +249,10 @@ def read_model(folder: str | Path, backend: str, format: str, trust_remote_code:
 def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokenizer, dict, RunOptions]:
     """Model, in --dtype, and tokenizer of a run or a Hugging Face folder; what run.json holds, if any; and
     the run's settings, of which an older one may lack some, or those of a model that predicts no view."""
-    run = read_run(folder) if Path(folder, "run.json").exists() else {"config": {"k": 0}}
-    if len(run) == 1 and not o.dataset and o.prompt is None:
+    is_run = Path(folder, "run.json").exists()
+    if not is_run and not o.dataset and o.prompt is None:
         raise BadInput(f"{folder}/run.json: no such file; --dataset scores a model that is no run")
+    run = read_run(folder) if is_run else {"config": {"k": 0}}
     settings = fill(RunOptions, run["config"], {}, Path(folder, "run.json"))
     c = RunOptions(**{f.name: settings[f.name] for f in fields(RunOptions)})
     c.data_dir = o.data_dir or c.data_dir

@@ -236,8 +236,7 @@ def dataset_paths(name: str, data_dir: Path, test_file: str) -> tuple[dict[str, 
     if name not in PUBLISHED:
         if Path(name).is_file():
             read_jsonl(name)  # says what kind of file it is, if it is another
-        raise BadInput(f"--dataset {printable(name)}: not a known dataset ({', '.join(PUBLISHED)}), nor a "
-                       ".jsonl file")
+        raise BadInput(f"--dataset {name}: not a known dataset ({', '.join(PUBLISHED)}), nor a .jsonl file")
     paths = {split: data_dir / file_name for split, (file_name, _) in PUBLISHED[name].items()}
     if name == "nlrx_synth" and not any(path.exists() for path in paths.values()):
         return generated_files(data_dir), "generated"
