@@ -166,9 +166,9 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     for seed in 82 23 37; do
         for lam in 0 1; do
             for eos in train_eos no-train_eos; do
-                echo smollm2 lam$lam-$eos-$seed $small_tune --lr 8e-5 --$eos --n_test 500 --lam $lam --seed $seed
+                echo smollm2 lam$lam-$eos-$seed $small_tune --lr 3e-4 --$eos --n_test 500 --lam $lam --seed $seed
             done
-            echo smollm2_lora lam$lam-$seed $small_tune --lr 8e-5 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
+            echo smollm2_lora lam$lam-$seed $small_tune --lr 3e-4 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
         done
     done
     # on test, five seeds: InfoNCE with a small weight, the one objective with which a Text finds its Code
