@@ -157,18 +157,17 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
     done
     # a real pretrained model: the learning rate, on held-out items; then all weights, and adapters
     small_tune="--init_from $smollm2 --n_train 500 --epochs 2 $float32 --max_new_tokens 64"
-    for lr in 2e-5 8e-5 3e-4; do
+    for lr in 2e-5 8e-5 3e-4 1e-3; do
         choose="$small_tune --lam 0 --lr $lr --n_test 200 --eval_split valid --seed 82"
         echo smollm2_choice lr$lr $choose
         echo smollm2_choice lora-lr$lr $choose --lora_rank 64
     done
-    echo smollm2_choice lora-lr1e-3 ${choose/3e-4/1e-3} --lora_rank 64
     for seed in 82 23 37; do
         for lam in 0 1; do
             for eos in train_eos no-train_eos; do
                 echo smollm2 lam$lam-$eos-$seed $small_tune --lr 3e-4 --$eos --n_test 500 --lam $lam --seed $seed
             done
-            echo smollm2_lora lam$lam-$seed $small_tune --lr 3e-4 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
+            echo smollm2_lora lam$lam-$seed $small_tune --lr 1e-3 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
         done
     done
     # on test, five seeds: InfoNCE with a small weight, the one objective with which a Text finds its Code
