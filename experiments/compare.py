@@ -29,6 +29,7 @@ from support.tables import COLUMNS, from_hex, markdown, shown
 COST = ("examples", "flops", "seconds")
 NARROW = ("dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
 STOPPING = ("prefix", "stopped", "p_end")  # where not every answer stops
+SPREAD = ("rank_enc", "uniformity_enc")  # where a regulariser is to keep embeddings apart
 LENGTH = [f.name for f in fields(train.Config) if "!max_flops" in f.metadata["needs"]]  # epochs, max_steps
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
 
@@ -232,7 +233,8 @@ def comparison(results: dict[str, dict], against: str = "", narrow: bool = False
     if narrow:
         means = [{c: x[0] for c, x in row["columns"].items()} for row in rows]
         goes_on = any("p_end" in x and x.get("stopped", 1) < 0.9 for x in means)
-        columns = ("exact", *(STOPPING if goes_on else ()), *NARROW)
+        regularised = any(row["settings"]["reg_weight"] for row in rows)
+        columns = ("exact", *(STOPPING if goes_on else ()), *NARROW, *(SPREAD if regularised else ()))
         judged = ("exact", "prefix", "correct") if goes_on else ("exact", "correct")
     columns = [c for c in columns if any(c in row["columns"] for row in rows)]
     minus = [c for c in judged if any(c in row["minus"] for row in rows)]

@@ -41,8 +41,7 @@ ema --target ema
 linear --predictor linear
 ema-linear --target ema --predictor linear
 mean --pool mean
-lam_warmup --lam_warmup 0.5
-vicreg0.1-ema-linear --reg vicreg --reg_weight 0.1 --target ema --predictor linear"
+lam_warmup --lam_warmup 0.5"
 habits="plain --lam 0
 jepa
 jepa23 --lam 2 --k 3

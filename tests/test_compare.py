@@ -96,6 +96,9 @@ def test_seeds_are_one_variant_and_differences_are_paired():
     goes_on = {"p": plain(1, a) | {"stopped": 0.2, "prefix": 0.5, "p_end": 0.1}}
     assert comparison(goes_on, narrow=True).splitlines()[2].split() == (
         "| variant | seeds | exact | prefix | stopped | p_end |").split()
+    for weight, shown in ((1.0, "| exact | rank_enc |"), (0.0, "| exact |")):
+        spread = {"p": plain(1, a, reg="vicreg", reg_weight=weight) | {"rank_enc": 60.0}}
+        assert comparison(spread, narrow=True).splitlines()[2].split() == f"| variant | seeds {shown}".split()
     equal_means = compare({"p": plain(1, [1, 0]), "j": result(1, [0, 1])})[1]["minus"]["exact"]
     assert equal_means["mean"] == 0 and not equal_means["identical"]
 
