@@ -42,6 +42,8 @@ linear --predictor linear
 ema-linear --target ema --predictor linear
 mean --pool mean
 lam_warmup --lam_warmup 0.5"
+apart="ema-linear --target ema --predictor linear
+vicreg1 --reg vicreg --reg_weight 1"
 habits="plain --lam 0
 jepa
 jepa23 --lam 2 --k 3
@@ -168,6 +170,15 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             done
             echo smollm2_lora lam$lam-$seed $small_tune --lr 1e-3 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
         done
+    done
+    # of what keeps embeddings apart, the two with the most exact matches in seams_synth and seams_turk; on test. The
+    # plain runs of TURK are infonce/plain-*
+    for seed in $seeds; do
+        echo apart synth-plain-$seed --epochs 4 --lam 0 $float32 --compile --seed $seed
+        while read -r name flags; do
+            echo apart synth-$name-$seed --epochs 4 $flags $float32 --compile --seed $seed
+            echo apart turk-$name-$seed $turk $flags $float32 --compile --seed $seed
+        done <<< "$apart"
     done
     # on test, five seeds: InfoNCE with a small weight, the one objective with which a Text finds its Code
     for seed in $seeds; do

@@ -96,6 +96,8 @@ def test_seeds_are_one_variant_and_differences_are_paired():
     goes_on = {"p": plain(1, a) | {"stopped": 0.2, "prefix": 0.5, "p_end": 0.1}}
     assert comparison(goes_on, narrow=True).splitlines()[2].split() == (
         "| variant | seeds | exact | prefix | stopped | p_end |").split()
+    two = compare({"p": plain(1, a), "r": plain(1, b, reg="vicreg", reg_weight=1.0)})
+    assert [row["variant"] for row in two] == ["reg none, reg_weight 0.0", "reg vicreg, reg_weight 1.0"]
     for weight, shown in ((1.0, "| exact | rank_enc |"), (0.0, "| exact |")):
         spread = {"p": plain(1, a, reg="vicreg", reg_weight=weight) | {"rank_enc": 60.0}}
         assert comparison(spread, narrow=True).splitlines()[2].split() == f"| variant | seeds {shown}".split()
