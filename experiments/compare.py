@@ -78,7 +78,7 @@ def settings_of(result: dict) -> dict:
         config["target"] = "stopgrad"
     if config.pop("match_flops"):  # it names a run, which has a seed of its own
         config["max_flops"] = "matched"
-    if not config["reg_weight"]:
+    if not config["reg_weight"]:  # whichever it names has no effect
         config["reg"] = "none"
     left_out = {"seed", *with_identity(train.Config, "nothing"), *with_identity(train.Config, "content")}
     left_out |= set(LENGTH if config["max_flops"] else ())

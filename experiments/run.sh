@@ -171,8 +171,8 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             echo smollm2_lora lam$lam-$seed $small_tune --lr 1e-3 --lora_rank 64 --n_test 500 --lam $lam --seed $seed
         done
     done
-    # of what keeps embeddings apart, the two with the most exact matches in seams_synth and seams_turk; on test. The
-    # plain runs of TURK are infonce/plain-*
+    # of those with which a Text finds its Code, the best without and with a regulariser in seams_synth and seams_turk;
+    # on test. The plain runs of TURK are infonce/plain-*
     for seed in $seeds; do
         echo apart synth-plain-$seed --epochs 4 --lam 0 $float32 --compile --seed $seed
         while read -r name flags; do
@@ -180,7 +180,7 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             echo apart turk-$name-$seed $turk $flags $float32 --compile --seed $seed
         done <<< "$apart"
     done
-    # on test, five seeds: InfoNCE with a small weight, the one objective with which a Text finds its Code
+    # on test, five seeds: InfoNCE with a small weight, the one distance with which a Text finds its Code
     for seed in $seeds; do
         echo infonce plain-$seed $turk --lam 0 $float32 --compile --seed $seed
         echo infonce infonce0.1-$seed $turk --distance infonce --lam 0.1 $float32 --compile --seed $seed
