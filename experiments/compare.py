@@ -23,14 +23,13 @@ import train
 from support.files import BadInput, main_guard, printable, write_text
 from support.runs import SCORES as SHOWN
 from support.runs import read_score
-from support.settings import fill, in_group, opt, parse_options, with_identity
+from support.settings import fill, idle, in_group, opt, parse_options, with_identity
 from support.tables import COLUMNS, from_hex, markdown, shown
 
 COST = ("examples", "flops", "seconds")
 NARROW = ("dfa_equal", "correct", "ntp", "cos_gap", "retrieval_at_1")
 STOPPING = ("prefix", "stopped", "p_end")  # where not every answer stops
 SPREAD = ("rank_enc", "uniformity_enc")  # where a regulariser is to keep embeddings apart
-LENGTH = [f.name for f in fields(train.Config) if "!max_flops" in f.metadata["needs"]]  # epochs, max_steps
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % for 2 to 10 seeds
 
 
@@ -50,7 +49,8 @@ class Variant:
     name: str = ""
 
     def is_plain(self) -> bool:
-        return [*train.weights_of_terms(SimpleNamespace(**self.settings))] == ["ntp"]
+        config = next(iter(self.seeds.values()))["config"] | self.settings
+        return [*train.weights_of_terms(SimpleNamespace(**config))] == ["ntp"]
 
 
 def read_result(folder: str | Path) -> dict:
@@ -69,8 +69,8 @@ def read_result(folder: str | Path) -> dict:
 
 
 def settings_of(result: dict) -> dict:
-    """What makes the variant: all settings but the seed and those that change no result. A base model counts
-    by its files; if it is a run, by the name of that run."""
+    """What makes the variant: all settings with an effect, but the seed and what changes no result. A base
+    model counts by its files; if it is a run, by the name of that run."""
     config = train.FORMER | result["config"]
     if config.pop("objective") == "stp":  # this and the next two: of older runs
         config |= {"lam": 0.0, "stp": config["lam"]}
@@ -78,10 +78,8 @@ def settings_of(result: dict) -> dict:
         config["target"] = "stopgrad"
     if config.pop("match_flops"):  # it names a run, which has a seed of its own
         config["max_flops"] = "matched"
-    if not config["reg_weight"]:  # whichever it names has no effect
-        config["reg"] = "none"
     left_out = {"seed", *with_identity(train.Config, "nothing"), *with_identity(train.Config, "content")}
-    left_out |= set(LENGTH if config["max_flops"] else ())
+    left_out |= {f.name for f in fields(train.Config) if idle(f, SimpleNamespace(**config))}
     config |= {"dtype": result["dtype"]}
     settings = {name: config[name] for name in ("lam", *sorted(config)) if name not in left_out}
     return settings | {"init_from": result.get("init_run") or str(result["init"])}
@@ -109,9 +107,11 @@ def variants_of(results: dict[str, dict]) -> list[Variant]:
 
 def name_among(variants: list[Variant], variant: Variant) -> str:
     """The settings that differ. Those that more than two thirds of the variants share are omitted, unless
-    nothing else is left."""
-    share = {name: np.mean([other.settings[name] == value for other in variants if name in other.settings])
-             for name, value in variant.settings.items()}
+    nothing else is left. A variant in which a setting has no effect shares its default only."""
+    default, share = {f.name: f.default for f in fields(train.Config)}, {}
+    for name, value in variant.settings.items():
+        held = [other.settings[name] for other in variants if name in other.settings]
+        share[name] = held.count(value) / (len(held) if value == default.get(name) else len(variants))
     differing = [name for name in share if share[name] < 1]
     rare = [name for name in differing if share[name] <= 2 / 3]
     values = variant.settings | {"init_from": next(iter(variant.seeds.values()))["config"]["init_from"]}
@@ -123,10 +123,10 @@ def baseline_of(variant: Variant, variants: list[Variant]) -> Variant | None:
     two has a FLOP budget, the length of training may differ, too. None if several would do."""
     def plain(ignored: set[str]) -> list[Variant]:
         return [v for v in variants if v.is_plain() and all(
-            v.settings.get(name) == x for name, x in variant.settings.items() if name not in ignored)]
+            v.settings.get(name, x) == x for name, x in variant.settings.items() if name not in ignored)]
 
     objective = {*in_group(train.Config, "objective"), *train.FORMER}
-    found = plain(objective) or [v for v in plain(objective | {"max_flops", *LENGTH})
+    found = plain(objective) or [v for v in plain(objective | {"max_flops"})
                                  if v.settings["max_flops"] or variant.settings["max_flops"]]
     return found[0] if len(found) == 1 and not variant.is_plain() else None
 

@@ -96,8 +96,8 @@ def test_seeds_are_one_variant_and_differences_are_paired():
     goes_on = {"p": plain(1, a) | {"stopped": 0.2, "prefix": 0.5, "p_end": 0.1}}
     assert comparison(goes_on, narrow=True).splitlines()[2].split() == (
         "| variant | seeds | exact | prefix | stopped | p_end |").split()
-    two = compare({"p": plain(1, a), "r": plain(1, b, reg="vicreg", reg_weight=1.0)})
-    assert [row["variant"] for row in two] == ["reg none, reg_weight 0.0", "reg vicreg, reg_weight 1.0"]
+    two = compare({"p": plain(1, a), "r": plain(1, b, k=1, reg_weight=1.0)})
+    assert [row["variant"] for row in two] == ["reg_weight 0.0", "reg_weight 1.0"]
     for weight, shown in ((1.0, "| exact | rank_enc |"), (0.0, "| exact |")):
         spread = {"p": plain(1, a, reg="vicreg", reg_weight=weight) | {"rank_enc": 60.0}}
         assert comparison(spread, narrow=True).splitlines()[2].split() == f"| variant | seeds {shown}".split()
@@ -106,10 +106,10 @@ def test_seeds_are_one_variant_and_differences_are_paired():
 
 
 def test_what_changes_no_result_makes_no_variant():
-    """Places, devices, the number format that auto stands for."""
+    """Places, devices, the number format that auto stands for, and settings that have no effect."""
     rows = compare({"a": plain(1, [1, 0], out="x", device="cpu", compile=True, log_every=7, micro_batch=4),
-                    "b": plain(2, [1, 0], out="y", data_dir="z", dtype="bfloat16", test_file="w")
-                    | {"dtype": "bfloat16"}})
+                    "b": plain(2, [1, 0], out="y", data_dir="z", dtype="bfloat16", test_file="w",
+                          distance="mse", reg="sigreg", stp_form="released") | {"dtype": "bfloat16"}})
     assert [row["seeds"] for row in rows] == [[1, 2]]
 
 
@@ -131,11 +131,18 @@ def test_names_leave_out_what_most_variants_share():
     variants = {"p": {"lam": 0.0, "k": 0}, "j": {}, "l": {"lam": 0.1}, "e": {"train_eos": False}}
     rows = compare({name: result(1, [1, 0], **changed) for name, changed in variants.items()})
     assert [row["variant"] for row in rows] == [
-        "lam 0.0, k 0", "lam 1.0", "lam 0.1", "lam 1.0, train_eos False"]  # k 1: three of four
+        "lam 0.0", "lam 1.0", "lam 0.1", "lam 1.0, train_eos False"]  # k has no effect in the first
     variants |= {"m": {"k": 2}} | {str(i): {"gamma": i} for i in (2, 3, 4)}
     rows = compare({name: result(1, [1, 0], **changed) for name, changed in variants.items()})
-    assert rows[0]["variant"] == "lam 0.0, gamma 1.0, k 0"
+    assert rows[0]["variant"] == "lam 0.0, gamma 1.0"
     assert len({row["variant"] for row in rows}) == len(rows) == 8
+    variants = {"p": {"lam": 0.0}, "i": {"distance": "infonce"}, "l": {"lam": 0.1}, "e": {"epochs": 4}}
+    rows = compare({name: result(1, [1, 0], **changed) for name, changed in variants.items()})
+    assert [row["variant"] for row in rows] == [
+        "lam 0.0", "lam 1.0, distance infonce", "lam 0.1, distance cosine",  # no distance in the first
+        "lam 1.0, distance cosine, epochs 4"]
+    rows = compare({name: result(1, [1, 0], **variants[name]) for name in "pi"})
+    assert [row["variant"] for row in rows] == ["lam 0.0", "lam 1.0, distance infonce"]
 
 
 @pytest.mark.parametrize("budget", [{"max_flops": 2e15}, {"match_flops": "x"}])
