@@ -100,6 +100,7 @@ def child(job: dict, programs: dict) -> None:
     os.chdir(job.get("cwd") or job["folder"])
     signal.alarm(300)  # a rank whose other one died would wait for hours
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does nohup
     for number in job.get("ignore", ()):
         signal.signal(number, signal.SIG_IGN)
     PUBLISHED.update(job.get("published", {}))

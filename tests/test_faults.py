@@ -116,7 +116,7 @@ def started(command, run: Path, **options) -> forks.Job:
 def test_asked_to_stop(argv, tmp_path):  # noqa: F811
     """By Ctrl-C, a scheduler, a closed terminal, a job's time limit: it ends within 5 s, with a checkpoint of
     the last step and a line that says how to go on; in the end all is as if nothing had been."""
-    argv, run = [*argv, "--n_layers", "1", "--epochs", "96"], tmp_path / "run"
+    argv, run = [*argv, "--n_layers", "1", "--epochs", "48"], tmp_path / "run"
     assert forks.run("train", [*argv, "--out", tmp_path / "whole"]).returncode == 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         job = started(argv, run)
