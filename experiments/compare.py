@@ -79,7 +79,8 @@ def settings_of(result: dict) -> dict:
     if config.pop("match_flops"):  # it names a run, which has a seed of its own
         config["max_flops"] = "matched"
     left_out = {"seed", *with_identity(train.Config, "nothing"), *with_identity(train.Config, "content")}
-    left_out |= {f.name for f in fields(train.Config) if idle(f, SimpleNamespace(**config))}
+    as_config = SimpleNamespace(**config)
+    left_out |= {f.name for f in fields(train.Config) if idle(f, as_config)}
     config |= {"dtype": result["dtype"]}
     settings = {name: config[name] for name in ("lam", *sorted(config)) if name not in left_out}
     return settings | {"init_from": result.get("init_run") or str(result["init"])}

@@ -97,6 +97,7 @@ def test_tables_of_embeddings():
     """From what the commands wrote, since they need the weights: each run, and means over seeds."""
     each = re.findall(r"python eval\.py ([^\n]*) --embeddings\n```\n\n" + TABLE, TEXTS["embeddings"])
     means = re.findall(r"(\| variant [^\n]*linear_error(?:[^\n]*\n)+?)\n", RESULTS)
+    assert len(each) == 2
     for (patterns, written), of_variants in zip(each, means, strict=True):
         variants = []
         for pattern in patterns.split():
