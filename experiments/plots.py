@@ -9,7 +9,7 @@ From the committed files alone:
     differences.png        the first table of RESULTS.md, with its intervals
     singular_values.png    of Enc(Text) - Enc(Code). They fall off fast where the map from one to the other is
                            simple, but also where all embeddings are the same
-    SECTION.png            scores on the way, of each section of results that keeps looks.jsonl
+    habit.png              scores on the way, of the runs in ON_THE_WAY
 
 Of runs (RESULTS.md's tsne.png and overfitting.png, which is learning_curves.png of those runs):
 
@@ -37,6 +37,7 @@ from support.runs import read_metrics
 from support.settings import opt, parse_options
 
 HERE = Path(__file__).parent
+ON_THE_WAY = {"habit": ("plain-*", "jepa-*")}  # section -> runs with a looks.jsonl
 TERMS, SCORES = ("ntp", "jepa", "stp", "reg"), ("exact", "prefix", "p_end", "cos_paired", "cos_shuffled")
 
 
@@ -226,14 +227,18 @@ def draw_committed(out: Path) -> list[str]:
             for question, variant, *interval in answers()]
     figure, axis = plt.subplots(figsize=(6, 0.8 + 0.28 * len(rows)))
     forest(axis, rows)
+    axis.set_xscale("symlog", linthresh=5)  # most differences are of a point or two, some of fifty
+    ticks = (-80, -40, -20, -10, -5, -2, 0, 2, 5, 10, 20)
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set_xlabel("difference in exact match, points (95 %); beyond 5 logarithmic")
     save(figure, out / "differences.png")
     embedded = [path.parent for path in sorted(results.glob("stopping/*/embeddings.json"))]
     draw_spectra(named(embedded), lambda run: read_json(Path(run, "embeddings.json"))["singular_values"],
                  out / "singular_values.png")
-    for section in sorted({path.parent.parent for path in results.glob("*/*/looks.jsonl")}):
-        draw_curves(named([path.parent for path in sorted(section.glob("*/looks.jsonl"))]),
-                    out / f"{section.name}.png")
-        names.append(section.name)
+    for section, patterns in ON_THE_WAY.items():
+        draw_curves(named([run for pattern in patterns for run in sorted((results / section).glob(pattern))]),
+                    out / f"{section}.png")
+        names.append(section)
     plt.close("all")
     return [f"{name}.png" for name in names]
 
