@@ -9,7 +9,7 @@ From the committed files alone:
     differences.png        the first table of RESULTS.md, with its intervals
     singular_values.png    of Enc(Text) - Enc(Code). They fall off fast where the map from one to the other is
                            simple, but also where all embeddings are the same
-    habit.png              scores on the way, of the runs in ON_THE_WAY
+    habit.png              scores on the way, of the runs in ON_THE_WAY; overfit_turk.png, too
 
 Of runs (RESULTS.md's tsne.png and overfitting.png, which is learning_curves.png of those runs):
 
@@ -37,7 +37,7 @@ from support.runs import read_metrics
 from support.settings import opt, parse_options
 
 HERE = Path(__file__).parent
-ON_THE_WAY = {"habit": ("plain-*", "jepa-*")}  # section -> runs with a looks.jsonl
+ON_THE_WAY = {"habit": ("plain-*", "jepa-*"), "overfit_turk": ("*",)}  # section -> runs with a looks.jsonl
 TERMS, SCORES = ("ntp", "jepa", "stp", "reg"), ("exact", "prefix", "p_end", "cos_paired", "cos_shuffled")
 
 

@@ -52,7 +52,7 @@ def test_pictures_of_the_committed_results(tmp_path, monkeypatch, capsys):
     plots.main()
     made = sorted((here / "results" / "pictures").iterdir())
     assert [path.name for path in made] == ["differences.png", "five_questions.png", "habit.png",
-                                            "singular_values.png"]
+                                            "overfit_turk.png", "singular_values.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
     assert {path.name for path in made} <= {
         path.name for path in (ROOT / "experiments" / "results" / "pictures").iterdir()}
