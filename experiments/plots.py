@@ -171,7 +171,11 @@ def forest(axis, rows: list[tuple[str, float, float, float]]) -> None:
         axis.plot(mean, at, "o", color="C0", markerfacecolor="C0" if low > 0 or high < 0 else "white")
     axis.axvline(0, color="grey", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
-    axis.set(xlabel="difference in exact match, points (95 %)", ylim=(len(rows) - 0.5, -0.5))
+    axis.set_xscale("symlog", linthresh=5)  # most differences are of a point or two, some of fifty
+    ticks = (-50, -20, -5, -2, 0, 2, 5, 20)
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set(xlabel="difference in exact match, points (95 %);\nbeyond 5 logarithmic",
+             ylim=(len(rows) - 0.5, -0.5))
 
 
 def dots(axis, groups: dict[str, list[dict]], columns: dict[str, tuple[str, str]], scale: float = 1) -> None:
@@ -227,10 +231,6 @@ def draw_committed(out: Path) -> list[str]:
             for question, variant, *interval in answers()]
     figure, axis = plt.subplots(figsize=(6, 0.8 + 0.28 * len(rows)))
     forest(axis, rows)
-    axis.set_xscale("symlog", linthresh=5)  # most differences are of a point or two, some of fifty
-    ticks = (-80, -40, -20, -10, -5, -2, 0, 2, 5, 10, 20)
-    axis.set_xticks(ticks, map(str, ticks))
-    axis.set_xlabel("difference in exact match, points (95 %); beyond 5 logarithmic")
     save(figure, out / "differences.png")
     embedded = [path.parent for path in sorted(results.glob("stopping/*/embeddings.json"))]
     draw_spectra(named(embedded), lambda run: read_json(Path(run, "embeddings.json"))["singular_values"],
