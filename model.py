@@ -313,7 +313,7 @@ class Transformer(nn.Module):
             12 * layers * H * D      per (query, key) pair that the mask shows: scores and values
             6 (4 if frozen) * C * V  per token with a label: the head
 
-        A target without gradient (--stop_gradient) counts as if it had one.
+        A target without gradient (--target stopgrad) counts as if it had one.
         """
         c, head = self.config, self.embed_tokens if self.config.tie_embeddings else self.lm_head
         blocks = sum((6 if w.requires_grad else 4) * w.numel() for w in self.layers.parameters())

@@ -9,12 +9,16 @@ from dataclasses import fields, is_dataclass
 import pytest
 from conftest import ROOT
 
-PAGES = {path.name: path.read_text(encoding="utf-8")
-         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+from train import FORMER
+
+FOLDERS = {path.name: path.parent
+           for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "experiments/RESULTS.md")}
+PAGES = {name: (folder / name).read_text(encoding="utf-8") for name, folder in FOLDERS.items()}
 README = PAGES["README.md"]
 OURS = {path.stem: path.relative_to(ROOT).with_suffix("")
         for folder in (".", "support", "tasks", "experiments") for path in ROOT.glob(f"{folder}/*.py")}
-ADDED = {"exercises.md": {"margin"}}  # flags that the reader adds
+ADDED = {"exercises.md": {"margin"}, "RESULTS.md": FORMER.keys()}  # that the reader adds; that there were
+OTHERS = {"nproc_per_node", "standalone", "logdir", "always", "dirty", "abbrev"}  # of other programs
 PROGRAMS = ("train", "eval", "data", "bench", "compare", "plots")
 page = pytest.mark.parametrize("page", PAGES)
 
@@ -63,17 +67,19 @@ def test_commands_have_the_flags_that_they_are_given(page):
             assert given <= known, (line, given - known)
 
 
-@page
-def test_every_flag_named_exists(page):
-    known = set().union(*map(flags_of, PROGRAMS)) | {"nproc_per_node", "logdir"}
-    assert flags_in(PAGES[page]) <= known | ADDED.get(page, set()), flags_in(PAGES[page]) - known
+def test_every_flag_named_exists():
+    """In the pages, and in docstrings and comments."""
+    known = set().union(*map(flags_of, PROGRAMS)) | OTHERS
+    sources = {f"{path}.py": (ROOT / f"{path}.py").read_text(encoding="utf-8") for path in OURS.values()}
+    for name, text in (PAGES | sources).items():
+        assert flags_in(text) <= known | ADDED.get(name, set()), (name, flags_in(text) - known)
 
 
 @page
 def test_every_file_and_function_named_exists(page):
-    text, folder = PAGES[page], ROOT / "docs" if page != "README.md" else ROOT
+    text, folder = PAGES[page], FOLDERS[page]
     for name in re.findall(r"`([\w/]+\.(?:py|md|sh|c))`", text):
-        assert (ROOT / name).exists() or ROOT.joinpath("tests", name).exists(), name
+        assert any((place / name).exists() for place in (ROOT, ROOT / "tests", folder)), name
     for name in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (folder / name).exists(), name
     for name, attribute in re.findall(rf"`(?:\w+\.)*({'|'.join(OURS)})\.([A-Za-z_]+)[`(.\[]", text):
