@@ -20,6 +20,7 @@ from jepa_loss import fused, total_loss
 from model import ModelConfig, Transformer
 from support import runs, speed
 from support.files import BadInput
+from support.settings import in_group
 from support.tokenizer import Tokenizer, train_bpe
 from tasks.datasets import load_dataset
 
@@ -433,6 +434,31 @@ def test_runs_of_every_seam(small_run, tmp_path, flags):
     tensors = (tmp_path / "run" / "predictor.safetensors").exists()
     assert tensors == ("--predictor" in flags)
     assert "predictor" not in str((tmp_path / "run" / "model.safetensors").read_bytes()[:4000])
+
+
+CHANGED = {  # another value of each setting of a step, and what both runs have
+    "k": "--k 2", "pred_first": "--pred_first", "reverse": "--reverse", "pool": "--pool mean",
+    "view_end": "--view_end", "predictor": "--predictor linear", "layer": "--layer 0", "alpha": "--alpha 0.5",
+    "lam": "--lam 2", "distance": "--distance l2", "temperature": "--temperature 1 | --distance infonce",
+    "target": "--target stopgrad", "ema_decay": "--ema_decay 0.5 | --target ema",
+    "lam_warmup": "--lam_warmup 0.9", "reg_weight": "--reg_weight 1", "reg": "--reg sigreg | --reg_weight 1",
+    "stp": "--stp 1", "stp_form": "--stp_form released | --stp 1", "ntp_on": "--ntp_on code",
+    "train_eos": "--no-train_eos", "gamma": "--gamma 2", "epochs": "--epochs 1 | --max_steps 0",
+    "max_steps": "--max_steps 3", "batch_size": "--batch_size 4", "lr": "--lr 2e-3", "warmup": "--warmup 0.5",
+    "weight_decay": "--weight_decay 1", "beta1": "--beta1 0.5", "beta2": "--beta2 0.5", "clip": "--clip 0.1"}
+ELSEWHERE = {"passes", "micro_batch", "max_flops"}  # two change no loss, the third excludes --max_steps
+
+
+@pytest.mark.parametrize("name", [
+    name for group in ("objective", "labels", "optimization") for name in in_group(train.Config, group)
+    if name not in ELSEWHERE])
+def test_every_setting_of_a_step_has_an_effect(small_run, tmp_path, name):
+    """On the weights, beyond rounding; a new setting fails until it stands here."""
+    changed, _, both = CHANGED[name].partition(" | ")
+    go(small_run, *both.split(), "--out", tmp_path / "one")
+    go(small_run, *both.split(), *changed.split(), "--out", tmp_path / "other")
+    one, other = (weights(tmp_path / run)["embed_tokens.weight"] for run in ("one", "other"))
+    assert (one - other).abs().max() > 1e-5
 
 
 def test_lam_rises():
