@@ -84,8 +84,7 @@ def mse(pred: Tensor, enc: Tensor) -> Tensor:
 def infonce(pred: Tensor, enc: Tensor, temperature: float = 0.07) -> Tensor:
     """-log softmax of cos(pred_i, enc_j) / temperature at j = i (the paper's ablation; arXiv 1807.03748). The
     other pairs of the batch are the negatives, so it is only for whole batches."""
-    with torch.autocast(pred.device.type, enabled=False):  # which would multiply in bfloat16
-        similarity = F.normalize(upcast(pred), dim=-1) @ F.normalize(upcast(enc), dim=-1).T  # (N, N)
+    similarity = F.normalize(upcast(pred), dim=-1) @ F.normalize(upcast(enc), dim=-1).T  # (N, N)
     own = torch.arange(len(pred), device=pred.device)
     return F.cross_entropy(similarity / temperature, own, reduction="none")
 
@@ -180,10 +179,11 @@ def pair_terms(model: Callable, pred: Tensor, enc: Tensor | None, target: Tensor
     predictor, terms = getattr(model, "predictor", None), {}
     if predictor is not None:
         pred = predictor(pred)
-    if distance is not None:
-        terms["jepa"] = distance(pred, target).sum(), n_pairs
-    if regulariser is not None:
-        terms["reg"] = regulariser(pred, enc) * n_pairs, n_pairs
+    with torch.autocast(pred.device.type, enabled=False):  # which would multiply in bfloat16
+        if distance is not None:
+            terms["jepa"] = distance(pred, target).sum(), n_pairs
+        if regulariser is not None:
+            terms["reg"] = regulariser(pred, enc) * n_pairs, n_pairs
     return terms
 
 

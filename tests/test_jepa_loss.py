@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data import ViewOptions, collate_fused, collate_three, render_views, tube_positions
 from jepa_loss import DISTANCES, REGULARISERS, cosine, dense_mask, fused, gather, infonce
-from jepa_loss import patch, sigreg, stop_gradient, three_pass, total_loss, tube, vicreg
+from jepa_loss import pair_terms, patch, sigreg, stop_gradient, three_pass, total_loss, tube, vicreg
 from support.lora import add_lora
 from support.speed import Shape, pad_to
 from support.tokenizer import FORMAT_TOKENS, Tokenizer
@@ -310,15 +310,21 @@ def test_distances_by_hand():
         assert all(g.abs().sum() > 0 for g in gradients)
 
 
-def test_losses_are_float32_under_autocast():
-    """Bit for bit what they are without: infonce's matrix product would go to bfloat16."""
+@pytest.mark.parametrize("name", [*DISTANCES, *REGULARISERS, "tube"])
+def test_losses_are_float32_under_autocast(name):
+    """Bit for bit what they are without: matrix products, such as infonce's, would go to bfloat16."""
     pred, enc = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
-    at = torch.tensor([[0], [1], [3]])
-    for f in (*DISTANCES.values(), lambda pred, enc: tube(pred[None], at)):
-        with torch.autocast("cpu", torch.bfloat16):
-            inside = f(pred, enc)
-        assert inside.dtype == torch.float32 and torch.equal(inside, f(pred, enc))
-        assert f(pred.bfloat16(), enc.bfloat16()).dtype == torch.float32
+
+    def term(pred, enc):
+        torch.manual_seed(0)  # of sigreg's directions
+        if name == "tube":
+            return tube(pred[None], torch.tensor([[0], [1], [3]]))
+        terms = pair_terms(None, pred, enc, enc, 4, DISTANCES.get(name), REGULARISERS.get(name))
+        return next(iter(terms.values()))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = term(pred, enc)
+    assert inside.dtype == torch.float32 and torch.equal(inside, term(pred, enc))
+    assert term(pred.bfloat16(), enc.bfloat16()).dtype == torch.float32
 
 
 EMBEDDINGS = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
