@@ -316,8 +316,8 @@ def labelled(labels: Tensor) -> Tensor:
 
 
 def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePassBatch:
-    """has_views: False where loss dropout or lam = 0 took them away. Pads are 0: causal attention and labels
-    keep them out, whatever their id."""
+    """has_views: False where loss dropout took them away, or no term needs them. Pads are 0: causal attention
+    and labels keep them out, whatever their id."""
     def padded(rows: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
         """ids (N, T), and the flat positions of the tokens that embed each row."""
         if not rows:

@@ -225,7 +225,7 @@ class EvalOptions:
     max_new_tokens: int = opt(0, "longest answer (default: 1.5 times the longest of train)", low=1,
                               needs="!embeddings")
     backend: Literal[BACKENDS] = opt("auto", "whose model code (default: the run's), see train.py")
-    trust_remote_code: bool = opt(False, "run the Python files of the folder")
+    trust_remote_code: bool = opt(False, "run the Python files of the folder", needs="backend!=ours")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
     dtype: Literal["float32", "bfloat16"] = opt(
         "float32", "of weights and cache; bfloat16: no score is written", needs="!embeddings")

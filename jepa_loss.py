@@ -15,7 +15,7 @@ But, unlike the paper's text:
 - a term is a sum and a count; sums are divided once per optimizer step, by the counts of the whole step, so
   micro-batches and ranks add up to the big batch;
 - Text is a prefix of "Text, Code", so in the fused pass Enc(Text) costs nothing, and [PRED] continues it in
-  place.
+  place. (Where main begins with a system turn it is not, and Text is a segment of its own.)
 
 `model` is any callable `model(ids, positions, mask) -> hidden` with `model.head(hidden) -> logits`.
 Letters: B rows, T tokens in a row, C width, V vocabulary, k predictor tokens, N pairs (Text, Code), M labels.
@@ -199,7 +199,7 @@ def three_pass(model: Callable, batch, distance: Callable | None = cosine,
     enc_ids (N, T''), enc_at      <|begin|> CODE, and the last token of each
     """
     terms = main_terms(model, model(batch.ids), batch)
-    if batch.pred_ids is not None:  # None: lam = 0, or loss dropout took all views
+    if batch.pred_ids is not None:  # None: no term needs views, or loss dropout took all
         pred = gather(encode(model, batch.pred_ids)[1], batch.pred_at)  # (N, C)
         enc = target = gather(encode(model, batch.enc_ids)[1], batch.enc_at)  # (N, C)
         if ema is not None:
@@ -253,7 +253,7 @@ def fused(model: Callable, batch, distance: Callable | None = cosine, regularise
     mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden, embedded = encode(model, batch.ids, batch.positions, mask)  # (B, T, C)
     terms = main_terms(model, hidden, batch)
-    if batch.pred_at is not None:  # None: lam = 0, or loss dropout took all views
+    if batch.pred_at is not None:  # None: no term needs views, or loss dropout took all
         pred, enc = gather(embedded, batch.pred_at), gather(embedded, batch.enc_at)  # (N, C) each
         target = enc
         if ema is not None:

@@ -42,7 +42,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    "nano": dict(),  # the defaults above: about 3.5 M parameters
+    "nano": dict(),  # the defaults above: about 3.3 M parameters
     "llama-3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
                          max_seq_len=131072, rope_theta=500000.0, tie_embeddings=True,
                          rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0,
@@ -322,8 +322,9 @@ class Transformer(nn.Module):
         return blocks * n_real + pair * n_visible + label * n_labels
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, if k > 0, pred_embedding.safetensors. ValueError if the
-        model has adapters: merge them first."""
+        """Write config.json, model.safetensors and, where there are [PRED] rows or a learned head,
+        pred_embedding.safetensors and predictor.safetensors. ValueError if the model has adapters: merge them
+        first."""
         save_folder(Path(folder), asdict(self.config), dict(self.named_parameters()))
 
     @classmethod

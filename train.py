@@ -66,7 +66,8 @@ class Config(RunOptions):
     vocab_size: int = of_data(512, "at most so many BPE tokens, of train", low=256, needs="!init_from")
 
     init_from: str = of_model("", "begin with a run, or a Hugging Face folder", identity="content")
-    trust_remote_code: bool = of_model(False, "run the Python files of the folder", needs="init_from")
+    trust_remote_code: bool = of_model(False, "run the Python files of the folder",
+                                       needs="init_from backend!=ours")
     lora_rank: int = of_model(0, "train adapters of this rank; 0: the weights", low=0, needs="init_from")
     lora_dropout: float = of_model(0.1, "in front of the adapters", low=0, below=1, needs="lora_rank")
     preset: Literal[tuple(PRESETS)] = of_model("nano", "shape of the model", needs="!init_from")
@@ -440,7 +441,7 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
             lr, weights = lr_at(before, after, whole, c), weights_of_terms(c, before / whole)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(step_seed(c.seed, step) + distributed.rank)  # of the adapters' dropout
+            torch.manual_seed(step_seed(c.seed, step) + distributed.rank)  # of dropout and of sigreg
             means = backward(step_terms, batches, counts, weights, device, wait=not c.prefetch)
             for weight in params.values():  # one of a term that the step lacks is decayed all the same
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

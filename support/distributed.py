@@ -93,9 +93,9 @@ def total(numbers: list) -> list:
 
 def shard(step: nn.Module, models: list[nn.Module], device: torch.device, dtype: str, how: str) -> None:
     """Move `step`, the module that is called, to a device, and cut the weights of the models in it into one
-    part per rank, block by block: a rank holds no more than its part and one block. Gradients become sums
-    over all ranks. dtype: of the forward, in which blocks are gathered; the parts are float32 (float64: both
-    are). how "none": every rank keeps a whole copy."""
+    part per rank, block by block: a rank holds its part, the embedding and the head, and a block or two.
+    Gradients become sums over all ranks. dtype: of the forward, in which blocks are gathered; the parts are
+    float32 (float64: both are). how "none": every rank keeps a whole copy."""
     full = how != "none"
     if world > 1:
         from torch.distributed.device_mesh import init_device_mesh

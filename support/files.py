@@ -2,8 +2,9 @@
 
 Every mistake that a user can make (a flag, a file, a line, a tensor) is raised as `BadInput` with one line
 that names it and says what to do; `main_guard` prints that line and exits with status 2. Every file is
-written through `atomic`: a reader sees the old file or the new one, never a half. Every file is read as
-`regular` allows: a stranger's folder may hold pipes, devices, and files that fill the memory.
+written through `atomic`: a reader sees the old file or the new one, never a half (but for metrics.jsonl,
+which grows, and what transformers and TensorBoard write). Every file is read as `regular` allows: a
+stranger's folder may hold pipes, devices, and files that fill the memory.
 """
 import codecs
 import contextlib

@@ -342,7 +342,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, vocab_size: int = 0, format: str = "auto") -> "Tokenizer":
-        """The tokenizer of a run of ours or of a checkpoint; BadInput names the file, and the line."""
+        """The tokenizer of a run of ours or of a checkpoint; BadInput names the file."""
         folder = Path(folder)
         files = carried_files(folder)
         if "tokenizer.json" not in files:

@@ -40,7 +40,7 @@ FAMILIES = {
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2}, "gpt_neox": {},
     "gpt2": {"n_embd": C, "n_layer": 2, "n_head": 4, "n_positions": 128}, "cohere": {"logit_scale": 0.3},
     "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
-    "opt": {"word_embed_proj_dim": C, "ffn_dim": 48}}
+    "opt": {"word_embed_proj_dim": C, "ffn_dim": 48}, "stablelm": {}, "starcoder2": {}}
 
 
 def family(kind, folder, **shape):
@@ -131,8 +131,18 @@ def test_a_sliding_window_never_slides(tmp_path):
             torch.testing.assert_close(model.head(model(ids, None, mask)), wanted, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["mpt", "bloom"])
-def test_alibi_is_refused_by_the_check(kind, tmp_path):
+def test_a_mixture_of_experts(tmp_path):
+    """The checks pass and the logits are its own, in float32: its kernels know no float64."""
+    theirs = family("qwen2_moe", tmp_path, moe_intermediate_size=24, shared_expert_intermediate_size=24,
+                    num_experts=4)
+    model, ids = loaded(tmp_path, torch.float32), torch.arange(22).view(2, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(model(ids)), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mpt", "bloom", "mamba"])
+def test_a_family_that_the_check_refuses(kind, tmp_path):
+    """Two with ALiBi, and one without attention."""
     family(kind, tmp_path, d_model=C, n_layers=2, n_heads=4, n_layer=2, n_head=4)
     with pytest.raises(BadInput, match=f"{kind}: "):
         loaded(tmp_path)

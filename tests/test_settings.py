@@ -149,6 +149,7 @@ CONTRADICTIONS = [
     ("--init_from x --lora_dropout 0.2", "--lora_dropout has no effect without --lora_rank"),
     ("--init_from x --dim 64 --vocab_size 600", "--vocab_size has no effect with --init_from x; --dim has"),
     ("--format plain", "--format has no effect without --init_from"),
+    ("--init_from x --backend ours --trust_remote_code", "--trust_remote_code has no effect with --backend"),
     ("--dim 30 --n_heads 4", "--dim 30 --n_heads 4: heads must"),
     ("--dim 20 --n_heads 4", "--dim 20 --n_heads 4: heads must"), ("--n_kv_heads 3", "does not divide")]
 
