@@ -55,8 +55,8 @@ class ViewOptions:
     pool: Literal["last", "mean"] = of_views("last", "which hidden states embed a view: its last token's, or "
                                              "all")
     view_end: bool = of_views(False, "the predicted view ends with the end token (an ablation)")
-    ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code", needs="gamma",
-                                         group="labels")
+    ntp_on: Literal["all", "code"] = opt("all", "targets of L_LLM: every token, or only Code", group="labels",
+                                         needs="gamma dataset!=paraphrase|init_from")
     train_eos: bool = opt(True, "is the end token a target? (off: the official labels, an ablation)",
                           group="labels", needs="gamma")
 
@@ -267,6 +267,7 @@ class Batch:
     n_pairs: int  # examples, those without views included
     n_real: int  # tokens that are no pads
     n_visible: int  # (query, key) pairs among them that attention needs
+    for_target: tuple[int, int]  # n_real, n_visible of what a moving average goes over
 
     def to(self, device: torch.device, wait: bool = False):
         """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting for it."""
@@ -315,6 +316,11 @@ def labelled(labels: Tensor) -> Tensor:
     return (labels.flatten() != -100).nonzero().squeeze(1)
 
 
+def causal(lengths: Sequence[int]) -> int:
+    """How many (query, key) pairs causal attention shows in rows of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
 def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePassBatch:
     """has_views: False where loss dropout took them away, or no term needs them. Pads are 0: causal attention
     and labels keep them out, whatever their id."""
@@ -331,12 +337,13 @@ def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePass
     with_views = [v for v, has in zip(examples, has_views, strict=True) if has]
     preds, encs = [v.stem + v.preds for v in with_views], [v.enc for v in with_views]
     (pred_ids, pred_at), (enc_ids, enc_at) = padded(preds), padded(encs)
-    label_at, lengths = labelled(labels), [len(row) for row in mains + preds + encs]
+    label_at, lengths, of_encs = labelled(labels), [*map(len, mains + preds + encs)], [*map(len, encs)]
     return ThreePassBatch(
         ids=pad(mains, 0), labels=labels, label_at=label_at,
         main_at=torch.arange(len(mains)) * labels.shape[1], lengths=torch.tensor(lengths[:len(mains)]),
         pred_ids=pred_ids, pred_at=pred_at, enc_ids=enc_ids, enc_at=enc_at, n_tokens=len(label_at),
-        n_pairs=len(examples), n_real=sum(lengths), n_visible=sum(n * (n + 1) // 2 for n in lengths))
+        n_pairs=len(examples), n_real=sum(lengths), n_visible=causal(lengths),
+        for_target=(sum(of_encs), causal(of_encs)))
 
 
 def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int = 0) -> FusedBatch:
@@ -366,13 +373,13 @@ def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int
     ids, labels, positions, segment, parent = map(torch.from_numpy, (ids, labels, positions, segment, parent))
     if not row_len and not any(has_views):
         segment = parent = None
-    label_at = labelled(labels)
+    label_at, n_visible = labelled(labels), sum(tree.n_visible() for tree in trees)
     return FusedBatch(
         ids=ids, labels=labels, label_at=label_at, positions=positions, segment=segment, parent=parent,
         main_at=torch.from_numpy(main_at), lengths=torch.tensor([len(v.main) for v in examples]),
         pred_at=positions_at(pred_at), enc_at=positions_at(enc_at),
         n_tokens=len(label_at), n_pairs=len(examples), n_real=sum(lengths),
-        n_visible=sum(tree.n_visible() for tree in trees))
+        n_visible=n_visible, for_target=(sum(lengths), n_visible) if any(has_views) else (0, 0))
 
 
 def tube_positions(batch: Batch, draws: np.ndarray, form: str = "paper") -> Tensor:
@@ -405,6 +412,7 @@ def collate_share(collate: Callable, views: list[Views], has_views: Sequence[boo
     batch, pad = collate([*views, PAD], [*has_views, need]), collate([PAD], [need])
     return replace(batch, main_at=batch.main_at[:-1], lengths=batch.lengths[:-1], n_pairs=len(views),
                    n_real=batch.n_real - pad.n_real, n_visible=batch.n_visible - pad.n_visible,
+                   for_target=tuple(a - b for a, b in zip(batch.for_target, pad.for_target, strict=True)),
                    pred_at=batch.pred_at[:0] if need else None, enc_at=batch.enc_at[:0] if need else None)
 
 

@@ -223,7 +223,7 @@ class EvalOptions:
                            needs="!dataset !prompt !embeddings")
     embeddings: bool = opt(False, "look at the embeddings instead of scoring")
     max_new_tokens: int = opt(0, "longest answer (default: 1.5 times the longest of train)", low=1,
-                              needs="!embeddings")
+                              needs="!embeddings dataset!=paraphrase")
     backend: Literal[BACKENDS] = opt("auto", "whose model code (default: the run's), see train.py")
     trust_remote_code: bool = opt(False, "run the Python files of the folder", needs="backend!=ours")
     device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
@@ -273,6 +273,10 @@ def load_model(folder: str | Path, o: EvalOptions) -> tuple[Transformer, Tokeniz
 
 def load_run_data(folder: str | Path, run: dict, c: RunOptions, o: EvalOptions) -> tuple[Dataset, bool]:
     """The data of a run; are they the very files? If not, --other_data must be given."""
+    for flag, is_idle in (("data_dir", c.dataset.endswith(".jsonl")),
+                          ("max_new_tokens", c.dataset == "paraphrase")):
+        if is_idle and getattr(o, flag):
+            raise BadInput(f"--{flag} has no effect with {folder}, a run on {c.dataset}")
     data = load(c)
     same = list(data.files.values()) == list(run["files"].values())
     if not same and not o.other_data:
@@ -316,8 +320,11 @@ def embed_run(folder: str | Path, o: EvalOptions) -> tuple[Tensor, Tensor, Tenso
     data, _ = load_run_data(folder, run, c, o)
     fit_splits(data, tokenizer, model.config.max_seq_len, c.on_long, c)
     test = list(data.test)
+    if len(test) < 2:
+        raise BadInput(f"{folder}: its test split has one item; embeddings are compared among two or more")
     pred, enc = embed_pairs(model, tokenizer, test, c)
-    text, _ = embed_pairs(model, tokenizer, test, ViewOptions(k=0, reverse=c.reverse))
+    # Enc(Text) is what would be predicted in the other direction
+    _, text = embed_pairs(model, tokenizer, test, replace(c, reverse=not c.reverse, view_end=False))
     return text, pred, enc, view_targets(test, c.reverse)
 
 

@@ -107,7 +107,7 @@ def vicreg(pred: Tensor, enc: Tensor) -> Tensor:
     total = 0.0
     for x in (upcast(pred), upcast(enc)):
         x = x - x.mean(0)
-        covariance = x.T @ x / (len(x) - 1)  # (C, C)
+        covariance = x.T @ x / max(1, len(x) - 1)  # (C, C)
         variance = covariance.diagonal()
         off_diagonal = covariance.square().sum() - variance.square().sum()
         total = total + F.relu(1 - (variance + 1e-4).sqrt()).mean() + off_diagonal / x.shape[1] / 25

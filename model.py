@@ -306,19 +306,23 @@ class Transformer(nn.Module):
     def n_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    def flops(self, n_real: int, n_visible: int, n_labels: int) -> int:
+    def flops(self, n_real: int, n_visible: int, n_labels: int, backward: bool = True) -> int:
         """FLOPs that a forward and backward pass need, without what padding and masked attention add:
 
             6 (4 if frozen)          per weight of the blocks and real token: 2 forward, 4 (2) backward
             12 * layers * H * D      per (query, key) pair that the mask shows: scores and values
             6 (4 if frozen) * C * V  per token with a label: the head
 
-        A target without gradient (--target stopgrad) counts as if it had one.
+        backward=False: of a forward pass alone, 2, 4 and 2 instead. A target without gradient (--target
+        stopgrad) counts as if it had one.
         """
+        def per(weight: Tensor) -> int:
+            return 2 if not backward else 6 if weight.requires_grad else 4
+
         c, head = self.config, self.embed_tokens if self.config.tie_embeddings else self.lm_head
-        blocks = sum((6 if w.requires_grad else 4) * w.numel() for w in self.layers.parameters())
-        pair = 12 * c.n_layers * c.n_heads * c.head_dim
-        label = (6 if head.weight.requires_grad else 4) * c.dim * c.vocab_size
+        blocks = sum(per(w) * w.numel() for w in self.layers.parameters())
+        pair = (12 if backward else 4) * c.n_layers * c.n_heads * c.head_dim
+        label = per(head.weight) * c.dim * c.vocab_size
         return blocks * n_real + pair * n_visible + label * n_labels
 
     def save_pretrained(self, folder: str | Path) -> None:

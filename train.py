@@ -105,7 +105,7 @@ class Config(RunOptions):
     beta2: float = of_optim(0.95, "AdamW's", low=0, below=1)
     clip: float = of_optim(1.0, "largest norm of the gradient", above=0)
 
-    seed: int = of_run(82, "of weights, order and loss dropout", low=0, below=2**63)
+    seed: int = of_run(82, "of weights, order and loss dropout", low=0)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = of_run(
         "auto", "of the forward; weights are float32 (float64: both); auto: bfloat16 where it is faster")
     row_len: int = of_run(0, "pack examples into rows of so many tokens; 0: one a row", low=0,
@@ -151,6 +151,8 @@ def checked(c: Config, given: set[str] | None = None) -> Config:
         model_config(c, c.vocab_size)  # raises where the shape makes no sense
     if not c.lam and not c.reg_weight:
         c.k = 0  # no predictor tokens: none would be trained
+    if c.init_from and not Path(c.init_from).name.strip("."):
+        c.init_from = str(Path(c.init_from).resolve())  # runs are named and compared by the folder's name
     c.out = c.out or str(Path("runs") / run_name(c, tuned))
     return c
 
@@ -282,8 +284,8 @@ def lr_at(start: float, end: float, budget: float, c: Config) -> float:
 def count_step(c: Config, model: Transformer, batches: list) -> tuple[dict, int, int]:
     """What the sums of a step's terms are divided by, its examples, and the FLOPs it needs, of all ranks."""
     flops = sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)
-    if c.target == "ema":  # its forward over the same tokens, without the head
-        flops += sum(model.flops(b.n_real, b.n_visible, 0) // 3 for b in batches)
+    if c.target == "ema":
+        flops += sum(model.flops(*b.for_target, 0, backward=False) for b in batches)
     n_tokens, n_pairs, flops = distributed.total([
         sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), flops])
     return {name: n_tokens if name == "ntp" else n_pairs for name in weights_of_terms(c)}, n_pairs, flops
@@ -335,9 +337,11 @@ def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens:
             or path.name in ("config.json", *CARRIED)] if c.init_from else []
     base_run = ""  # the run that --init_from is, by its settings without the seed
     if c.init_from and Path(c.init_from, "run.json").exists():
-        path, stored = Path(c.init_from, "run.json"), read_run(c.init_from)["config"]
-        theirs = fill(Config, stored, FORMER, path) | {"seed": Config.seed}
-        base_run = run_name(Config(**{name: theirs[name] for name in asdict(c)}), {})
+        stored = read_run(c.init_from)
+        theirs = fill(Config, stored["config"], FORMER, Path(c.init_from, "run.json")) | {"seed": Config.seed}
+        theirs["init_from"] = stored.get("init_run") or theirs["init_from"]  # whose seed is left out, too
+        base_run = run_name(Config(**{name: theirs.pop(name) for name in asdict(c)}), {})
+        base_run += "".join(f"-{name}{value}" for name, value in theirs.items())  # of an older version
     return {"config": asdict(c), "source": data.source, "files": data.files,
             "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
             "dtype": forward_dtype(c.dtype, device), "system": data.train[0].system,

@@ -47,21 +47,24 @@ VARIANTS = {"plain": dict(lam=0.0), "three passes": dict(passes="three", row_len
             "fused, alpha 0.75": dict(alpha=0.75)}
 
 
+timed = partial(opt, needs="!paper")
+
+
 @dataclass
 class BenchOptions:
-    preset: Literal[tuple(PRESETS)] = opt("nano", "shape of the model")
-    dataset: str = opt("nlrx_synth", "as of train.py")
-    data_dir: str = opt("data", "where the published files are")
-    device: Literal[DEVICES] = opt("auto", "auto: cuda, then mps, then cpu")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "as of train.py")
-    compile: bool | None = opt(None, "torch.compile (default: on CUDA only)")
-    batch_size: int = opt(32, "examples per step", low=1)
-    row_len: int = opt(0, "pack examples into rows of so many tokens; 0: one example a row", low=0)
-    steps: int = opt(20, "steps per block", low=1)
-    blocks: int = opt(5, "blocks per variant, after one to warm up", low=1)
-    ranks: int = opt(0, "the fused variant on so many processes, against one", low=0)
-    paper: bool = opt(False, "measure nothing, show what larger models need", needs="!ranks")
-    json: str = opt("", "write all numbers to this file")
+    preset: Literal[tuple(PRESETS)] = timed("nano", "shape of the model")
+    dataset: str = timed("nlrx_synth", "as of train.py")
+    data_dir: str = timed("data", "where the published files are")
+    device: Literal[DEVICES] = timed("auto", "auto: cuda, then mps, then cpu")
+    dtype: Literal["auto", "float32", "bfloat16"] = timed("auto", "as of train.py")
+    compile: bool | None = timed(None, "torch.compile (default: on CUDA only)")
+    batch_size: int = timed(32, "examples per step", low=1)
+    row_len: int = timed(0, "pack examples into rows of so many tokens; 0: one example a row", low=0)
+    steps: int = timed(20, "steps per block", low=1)
+    blocks: int = timed(5, "blocks per variant, after one to warm up", low=1)
+    ranks: int = timed(0, "the fused variant on so many processes, against one", low=0)
+    paper: bool = opt(False, "measure nothing, show what larger models need")
+    json: str = timed("", "write all numbers to this file")
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,6 +10,7 @@ baseline of a variant is the plain one (next-token loss alone) that shares its o
 that both have, the table shows the mean difference and its 95 % interval for other seeds and other test items
 (with one seed: for other items alone). A difference is significant if the interval excludes 0.
 """
+import hashlib
 import json
 import math
 import re
@@ -103,6 +104,11 @@ def variants_of(results: dict[str, dict]) -> list[Variant]:
         variant.seeds[seed] = result
     for variant in variants.values():
         variant.name = name_among(list(variants.values()), variant)
+    names = [variant.name for variant in variants.values()]
+    for variant in variants.values():
+        if names.count(variant.name) > 1:  # base models in folders of one name
+            digest = hashlib.sha256(variant.settings["init_from"].encode()).hexdigest()
+            variant.name += f" ({digest[:6]})"
     return sorted(variants.values(), key=lambda variant: not variant.is_plain())
 
 
@@ -215,8 +221,9 @@ def latex(caption: str, lines: list[list[str]], results: dict[str, dict]) -> str
     others = "seeds and items" if len(seeds) > 1 else "items"
     caption += (f". Mean ± standard deviation over seeds {', '.join(seeds)}; differences on the same seeds "
                 f"and items, with 95 % intervals for other {others}. LLM-JEPA from scratch at commit "
-                f"{every(lambda run: str(run['git_commit'])[:7])}, PyTorch "
-                f"{every(lambda run: run['versions']['torch'])}, {every(lambda run: run['device'])}, "
+                f"{every(lambda run: str(run.get('git_commit'))[:7])}, PyTorch "
+                f"{every(lambda run: (run.get('versions') or {}).get('torch'))}, "
+                f"{every(lambda run: run.get('device'))}, "
                 f"{every(lambda run: run['dtype'])}.")
     head, *rows = (" & ".join(map(escape, line)) + r" \\" for line in lines)
     return "\n".join([r"\begin{table}", rf"\caption{{{escape(caption)}}}",

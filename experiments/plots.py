@@ -31,7 +31,7 @@ import torch
 from eval import COLLAPSE_ITEMS, EvalOptions, embed_run
 from experiments.compare import read_result, variants_of
 from support.distributed import DEVICES
-from support.files import library, main_guard, read_json
+from support.files import BadInput, library, main_guard, read_json
 from support.pictures import LESSON, plotting, save
 from support.runs import read_metrics
 from support.settings import opt, parse_options
@@ -55,7 +55,10 @@ def curves(folder: str | Path) -> dict[str, np.ndarray]:
     """name -> (n, 2) epochs and values, of metrics.jsonl or looks.jsonl, and of eval.json if there is one.
     Older runs log 0 for a term that they do without: it is left out."""
     path, points = Path(folder) / "metrics.jsonl", {name: [] for name in TERMS + SCORES}
-    rows = list(read_metrics(path if path.exists() else path.with_name("looks.jsonl")))
+    path = path if path.exists() else path.with_name("looks.jsonl")
+    rows = list(read_metrics(path))
+    if not rows or not all("epoch" in row for row in rows):
+        raise BadInput(f"{path}: damaged; no line, or one without its epoch")
     if path.with_name("eval.json").exists():
         result, last = read_result(folder), rows[-1]
         epoch = last["epoch"] / last["step"] * result["trained"].get("step", last["step"])

@@ -143,16 +143,18 @@ class HFModel(nn.Module):
     def n_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    def flops(self, n_real: int, n_visible: int, n_labels: int) -> int:
+    def flops(self, n_real: int, n_visible: int, n_labels: int, backward: bool = True) -> int:
         """An estimate in the way of model.Transformer.flops, from the number of weights: every matrix outside
         the embedding and the head counts as a product per token (so all experts of a mixture do)."""
+        def per(weight: Tensor) -> int:
+            return 2 if not backward else 6 if weight.requires_grad else 4
+
         c, head = self.lm.config.get_text_config(), self.lm.get_output_embeddings().weight
         apart, heads = {id(self.lm.get_input_embeddings().weight), id(head)}, c.num_attention_heads
-        blocks = sum((6 if w.requires_grad else 4) * w.numel()
-                     for w in self.lm.parameters() if id(w) not in apart)
+        blocks = sum(per(w) * w.numel() for w in self.lm.parameters() if id(w) not in apart)
         width = (getattr(c, "head_dim", None) or c.hidden_size // heads) * heads
-        label = (6 if head.requires_grad else 4) * head.numel()
-        return blocks * n_real + 12 * c.num_hidden_layers * width * n_visible + label * n_labels
+        pair = (12 if backward else 4) * c.num_hidden_layers * width
+        return blocks * n_real + pair * n_visible + per(head) * head.numel() * n_labels
 
     # ---- adapters, by peft ---------------------------------------------------------------------------------
 

@@ -41,6 +41,12 @@ class LibraryTokenizer:
             else:
                 self.format = make_format(format, special, self.encode)
                 note_on_template(folder, format)
+            marks = [*self.format.opening.values(), *self.format.closing.values(), [self.format.end],
+                     self.format.start, self.format.no_system]
+            last = max(i for mark in marks for i in mark)
+            if last >= self.vocab_size:
+                raise BadInput(f"its conversations have token {last}, but the model's vocabulary ends at "
+                               f"{self.vocab_size - 1}")
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
 

@@ -46,6 +46,8 @@ def with_identity(cls: type, identity: str) -> list[str]:
 
 def broken_bounds(f: Field, value) -> str:
     """The bounds of a setting where its value breaks one or is not finite; empty if all is well."""
+    if type(value) is int and abs(value) >= 2**63:
+        return "below 2**63"
     low, above, below = (f.metadata[name] for name in ("low", "above", "below"))
     bounds = [words for bound, words in ((low, f"{low} or more"), (above, f"above {above}"),
                                          (below, f"below {below}")) if bound is not None]
@@ -59,7 +61,7 @@ def is_value(f: Field, hint, value) -> bool:
     kinds = get_args(hint) or (hint,)
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in kinds
-    if type(value) is int and abs(value) >= 2**64 or type(value) is float and not math.isfinite(value):
+    if type(value) is float and not math.isfinite(value):
         return False
     return (type(value) in kinds or hint is float and type(value) is int) and not broken_bounds(f, value)
 
@@ -73,6 +75,8 @@ def fill(cls: type, stored: dict, former: dict[str, Any], where: str | Path = "s
     for f in fields(cls):
         if f.name in kept and not is_value(f, hints[f.name], filled[f.name]):
             raise BadInput(f"{where}: {f.name} is {filled[f.name]!r:.60}, which this setting cannot be")
+        if hints[f.name] is float:
+            filled[f.name] = float(filled[f.name])  # one of Python may be 1 for 1.0
     return filled
 
 

@@ -195,7 +195,8 @@ def make_format(name: str, special: dict[str, int], encode: Callable[[str], list
             raise BadInput("the tokenizer has the special tokens of no chat format "
                            f"({'; '.join(' '.join(tokens) for tokens in FORMAT_TOKENS.values())})")
     if name not in FORMAT_TOKENS:
-        raise BadInput(f"--format {name}: must be one of {', '.join(FORMATS)}")
+        raise BadInput(f"--format {name}: must be one of auto, {', '.join(FORMAT_TOKENS)}, or, where a "
+                       "folder's own is read, template")
     missing = [token for token in FORMAT_TOKENS[name] if token not in special]
     if missing:
         raise BadInput(f"--format {name}: the tokenizer has no {', '.join(missing)}")

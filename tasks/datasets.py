@@ -337,6 +337,8 @@ def fetch(url: str, path: Path, digest: Callable[[Path], str], wanted: str) -> N
 
 def download(name: str, data_dir: str | Path, base_url: str = "") -> None:
     """Fetch what is missing of a published dataset into data_dir; base_url is the address of a mirror."""
+    if name not in PUBLISHED:
+        raise BadInput(f"{name}: not a published dataset ({', '.join(PUBLISHED)})")
     data_dir = Path(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
     for file_name, blob_id in PUBLISHED[name].values():

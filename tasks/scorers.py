@@ -20,11 +20,14 @@ from tasks.datasets import Dataset
 
 
 def same_language(answer: str, text: str, code: str) -> bool | None:
-    """NL-RX: do both regexes describe the same strings? None if regexes.py cannot tell within its bounds."""
-    try:
-        return regexes.equal(answer, code).equal
-    except ValueError:  # an answer that does not parse is wrong
-        return False
+    """NL-RX: do both regexes describe the same strings? None if regexes.py cannot tell within its bounds, or
+    cannot read the target. An answer that does not parse is wrong."""
+    for regex, verdict in ((code, None), (answer, False)):
+        try:
+            regexes.parse(regex)
+        except ValueError:
+            return verdict
+    return answer != "" and regexes.equal(answer, code).equal
 
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
@@ -47,15 +50,18 @@ def final_answer(answer: str, text: str, code: str) -> bool:
 def choice(answer: str, text: str, code: str) -> bool:
     """rotten_tomatoes, yelp, hellaswag: the word or letter itself. Case, white space around it and one ")" or
     "." after it are ignored, and nothing else is."""
-    return re.sub(r"[.)]$", "", answer.strip()).casefold() == code.casefold()
+    def word(said: str) -> str:
+        return re.sub(r"[.)]$", "", said.strip()).casefold()
+
+    return word(answer) == word(code) != ""
 
 
 def any_of(answer: str, text: str, code: str) -> bool:
     """nq_open: one of the target's answers, or several of them, separated by "; ", and nothing else. Case,
-    punctuation and articles are ignored, but for a part of punctuation alone."""
+    punctuation and articles are ignored, but for a part of these alone."""
     def words(part: str) -> str:
         plain = "".join(c for c in part.lower() if c not in string.punctuation)
-        return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split()) or part.strip()
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split()) or part.strip().lower()
 
     def parts(answers: str) -> set[str]:
         return {words(part) for part in answers.split("; ")}

@@ -30,9 +30,11 @@ def test_flops_equal_torch_s_count(tiny, tokenizer, examples, monkeypatch, lora_
         model.double()
     T = len(views.main)
     with FlopCounterMode(display=False) as counter:
-        total_loss(fused(model, collate_fused([views], [False])), {"ntp": T - 1}, {"ntp": 1.0}).backward()
-    ours = model.flops(T, T * T, T - 1)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.03 if lora_rank else 0.01)
+        loss = total_loss(fused(model, collate_fused([views], [False])), {"ntp": T - 1}, {"ntp": 1.0})
+        forward = counter.get_total_flops()
+        loss.backward()
+    ours = [model.flops(T, T * T, T - 1, backward=backward) for backward in (False, True)]
+    assert ours == pytest.approx([forward, counter.get_total_flops()], rel=0.03 if lora_rank else 0.01)
 
 
 @pytest.mark.parametrize("row_len", [0, 90])
@@ -49,6 +51,11 @@ def test_what_a_batch_counts(tokenizer, examples, row_len):
                                            for n in (len(v.stem) + 2, len(v.enc))]
     assert three.n_real == sum(rows)
     assert three.n_visible == sum(int(torch.ones(n, n).tril().sum()) for n in rows)
+    codes = [len(v.enc) for v, kept in zip(views, keep, strict=True) if kept]
+    assert three.for_target == (sum(codes), sum(n * (n + 1) // 2 for n in codes))
+    assert batch.for_target == (batch.n_real, batch.n_visible)
+    assert collate_three(views, [False] * 5).for_target == (0, 0)
+    assert collate_fused(views, [False] * 5, row_len).for_target == (0, 0)
 
 
 def test_a_small_bench(tmp_path, monkeypatch, capsys):
@@ -123,4 +130,7 @@ def test_the_peak_is_a_rate():
 def test_wrong_options_are_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "--blocks", "0", "--row_len", "-1"])
     with pytest.raises(BadInput, match="--row_len -1: must be 0 or more; --blocks 0: must be 1 or more"):
+        bench.main()
+    monkeypatch.setattr("sys.argv", ["bench", "--paper", "--json", "x"])
+    with pytest.raises(BadInput, match="--json has no effect with --paper"):
         bench.main()

@@ -120,11 +120,15 @@ def test_the_same_files_under_other_names_are_the_same(pairs, chat_folder, tmp_p
     shutil.copytree(pairs, "data"), shutil.copytree(chat_folder, "base")
     rest = ["--test_file", str(pairs / "test.jsonl"), "--batch_size", "8", "--max_steps", "1", "--device",
             "cpu", "--max_new_tokens", "4", "--format", "llama3"]
-    for seed, data, base in ((1, "data", "base"), (2, "./data", "./base/"), (3, pairs, chat_folder)):
+    for seed, data, base in ((1, "data", "base"), (2, "./data", "./base/"), (3, pairs, chat_folder),
+                             (4, "data", "base/../base/.")):
         go(["--dataset", f"{data}/train.jsonl", "--init_from", str(base), *rest],
            "--seed", seed, "--out", seed)
-    variant, = variants_of({seed: read_result(seed) for seed in "123"})
-    assert sorted(variant.seeds) == [1, 2, 3]
+    variant, = variants_of({seed: read_result(seed) for seed in "1234"})
+    assert sorted(variant.seeds) == [1, 2, 3, 4]
+    monkeypatch.chdir("base")  # its name was taken for empty, and so the run for one from scratch
+    assert train.parse_config(["--init_from", ".", "--lora_rank", "4"]).out.startswith(
+        "runs/nlrx_synth-from-base-lora_rank4")
 
 
 def test_names_leave_out_what_most_variants_share():
@@ -175,8 +179,11 @@ def test_a_chosen_baseline_and_runs_for_bases():
         ("init_from j", [1, 2], "init_from p")]
     assert means(rows) == [-0.25, None, 0.5]
     assert "exact - baseline" in comparison(runs, "p2")
+    assert "PyTorch None" in comparison(runs, "p2", for_paper=True)  # it was not recorded
     assert comparison(runs, "p2").startswith("nlrx_synth, test, 4 items; baseline: the variant of p2; one")
-    assert len(compare({str(x): result(x, [1], init=[x], init_from="base") for x in (1, 2)})) == 2
+    rows = compare({str(x): result(x, [1], init=[x], init_from="base") for x in (1, 2)})
+    assert len({row["variant"] for row in rows}) == 2
+    assert all(row["variant"].startswith("init_from base (") for row in rows)
     with pytest.raises(BadInput, match="--against x: not one of the runs"):
         compare(runs, "x")
 

@@ -218,6 +218,10 @@ def test_download(mirror, tmp_path, capsys):
 
 
 def test_a_bad_download_leaves_nothing(mirror, tmp_path):
+    with pytest.raises(BadInput, match="foo: not a published dataset .*nlrx_synth, "):
+        download("foo", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
     def refused(address, message):
         with pytest.raises(BadInput, match=message):
             download("nlrx_synth", tmp_path / "a", address)

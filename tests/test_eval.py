@@ -134,6 +134,21 @@ def test_embed_pairs(tiny, tokenizer, examples):
         torch.testing.assert_close(found, gather(hidden, at), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("flags", ["--pool mean", "--predictor linear", "--pred_first", "--view_end",
+                                   "--reverse"])
+def test_enc_text_is_text_seen_alone(small_run, tmp_path, flags):
+    """By one more forward, by hand: pooled as the run pools, without [PRED] and without a learned head."""
+    go(small_run, *flags.split(), "--out", tmp_path / "run")
+    o = EvalOptions(device="cpu")
+    text, *_ = eval.embed_run(tmp_path / "run", o)
+    model, tokenizer, _, c = eval.load_model(tmp_path / "run", o)
+    role, said = ("assistant", "code") if c.reverse else ("user", "text")
+    for e, found in zip(list(eval.load(c).test)[:3], text, strict=False):
+        f = tokenizer.format
+        hidden = model(torch.tensor([[*f.start, *f.opening[role], *tokenizer.encode(getattr(e, said))]]))[0]
+        torch.testing.assert_close(found, hidden.mean(0) if c.pool == "mean" else hidden[-1])
+
+
 def test_collapse_report():
     torch.manual_seed(0)
     x = torch.randn(60, 16, dtype=torch.float64)
@@ -231,6 +246,8 @@ def test_what_a_finished_run_is_asked(finished_run, program):
     assert found["n"] == 12 and len(found["singular_values"]) == 12 and found["linear_error"] is None
     assert all(found[name] == pytest.approx(own[name]) for name in ("cos_paired", "rank_pred", "rank_enc"))
     assert found["rank_text"] != pytest.approx(found["rank_pred"])  # without a predictor
+    with pytest.raises(BadInput, match="--data_dir has no effect with .*, a run on .*train.jsonl"):
+        eval.score_run(finished_run, EvalOptions(data_dir="elsewhere"))
     answer = program(finished_run, "--prompt", "the number 3", "--max_new_tokens", 2)
     assert answer.endswith(" ... (did not stop)\n") and len(answer) < 100
     c = json.loads((finished_run / "run.json").read_text())["config"]

@@ -125,6 +125,10 @@ def test_from_a_run_to_another_task(talks, tmp_path):
         assert len(ended.get("pred_embedding", ())) == k
         for name in ("embed_tokens.weight", *(["pred_embedding"] if k == 2 else [])):
             torch.testing.assert_close(ended[name], begun[name], atol=1e-6, rtol=0)
+    third = tmp_path / "third"
+    go([*first, "--max_steps", "1", "--k", "2"], "--out", third, "--init_from", tmp_path / "next2")
+    base = json.loads((third / "run.json").read_text())["init_run"]
+    assert json.loads((tmp_path / "next2" / "run.json").read_text())["init_run"] in base  # no folder, no seed
 
 
 def generated(folder, prompt: list[int], limit: int) -> list[int]:
@@ -211,6 +215,8 @@ def test_paraphrases_are_pretrained_on(tmp_path, monkeypatch):
     data = load_dataset("paraphrase", folder, eval_split="valid")
     assert all(e.text_only for e in [*data.train, *data.test]) and len(data.train) == 36
     assert eval.score_run(tmp_path / "run", eval.EvalOptions())["ntp"] == pytest.approx(result["ntp"])
+    with pytest.raises(BadInput, match="--max_new_tokens has no effect with .*run, a run on paraphrase"):
+        eval.score_run(tmp_path / "run", eval.EvalOptions(max_new_tokens=5))
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")

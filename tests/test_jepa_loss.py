@@ -343,6 +343,9 @@ def test_vicreg_by_hand():
     pred, enc = EMBEDDINGS
     wanted = slow_vicreg(pred.numpy()) + slow_vicreg(enc.numpy())
     assert vicreg(pred, enc).item() == pytest.approx(wanted, rel=1e-12)
+    one = pred[:1].clone().requires_grad_()  # a pair alone, as the last of an epoch may be, has no variance
+    vicreg(one, enc[:1]).backward()
+    assert (one.grad == 0).all()
 
 
 def test_sigreg_is_the_closed_form_of_its_integral():

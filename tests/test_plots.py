@@ -78,6 +78,14 @@ def test_curves(runs):
     assert jepa["cos_paired"][-1, 1] == end["cos_paired"]
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 1, "ntp": 2.0}\n'])
+def test_curves_of_a_damaged_run(runs, tmp_path, content):
+    shutil.copytree(runs[0], tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(content)
+    with pytest.raises(BadInput, match="metrics.jsonl: damaged; no line, or one without its epoch"):
+        plots.curves(tmp_path / "run")
+
+
 def test_pictures_want_their_packages(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "run")])

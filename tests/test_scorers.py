@@ -36,7 +36,9 @@ from train import parse_config, train
      ["July 2012", "july 28 2012", "The Mortar-Board", "  July\u00a02012 ", "July 2012; July 28, 2012",
       "July 28, 2012; the mortarboard"],
      ["the", "...", "; ", "2012", "July 2012; 1999", "July 2012; ", "July 2012 and more", "which?"]),
-    (any_of, "a; an; ", [], ["the", "..."])])
+    (choice, "positive.", ["positive.", "Positive"], ["positive.."]),
+    (same_language, "()", ["()", "(())"], ["a"]),  # the empty string, but no empty answer
+    (any_of, "a; an; ", ["a", "A", "an; a"], ["the", "..."])])
 def test_answers(scorer, target, right, wrong):
     """An empty answer is wrong: the official scorer of nq_open counts it as right."""
     began = time.perf_counter()
@@ -45,6 +47,10 @@ def test_answers(scorer, target, right, wrong):
     for answer in ["", " ", "  \n ", *wrong]:
         assert scorer(answer, "which?", target) is False, answer
     assert time.perf_counter() - began < 2
+
+
+def test_a_target_that_is_no_regex_decides_nothing():
+    assert same_language("(?:a)", "", "(?:a)") is same_language("a", "", "a" * 1001) is None
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the published files are not here")
