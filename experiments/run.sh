@@ -140,6 +140,12 @@ list() {  # what to run, a line each: SECTION NAME FLAGS
             done
         done
     done <<< "$habits"
+    # the two that kept a part of it in habit_why, on test
+    for seed in $seeds; do
+        for view in view_end reverse; do
+            echo habit $view-no-train_eos-$seed $tune-$seed --lr 2e-4 --no-train_eos --$view --seed $seed
+        done
+    done
     # other learning rates, and where it comes from: one seed, on the held-out tenth of train
     tune="$tune-82 --eval_split valid --seed 82"
     while read -r name flags; do
