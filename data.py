@@ -41,6 +41,8 @@ from tasks.scorers import SCORERS, check_databases
 
 # ---- one pair: its views -----------------------------------------------------------------------------------
 
+# needs: refused without it ("a|b": one of the two); identity: what makes two runs different, a setting's
+# value, the content of the files that it names, or nothing (support/settings.py)
 of_data = partial(opt, group="data")
 of_views = partial(opt, group="objective", needs="lam|reg_weight")
 
@@ -129,14 +131,15 @@ def render_views(example: Example, tokenizer: Tokenizer, o: ViewOptions = DEFAUL
     openings = [[*f.start, *f.opening[role]] for role in ("user", "assistant")]
     views = [encode(example.text_view or example.text), encode(example.code_view) or code]
     if example.text_only:
-        main, answer = [*openings[0], *views[0], f.end], len(openings[0])
+        main, answer_at = [*openings[0], *views[0], f.end], len(openings[0])
         code = views[0]  # what ntp_on="code" trains on, there being nothing else
     else:
         prompt = render_prompt(example, tokenizer)
-        main, answer = [*prompt, *code, *f.closing["assistant"]], len(prompt)
+        main, answer_at = [*prompt, *code, *f.closing["assistant"]], len(prompt)
     labels = [*main[1:], -100]
-    if o.ntp_on == "code":  # the token in front of the answer predicts its first
-        labels = [label if answer <= i + 1 <= answer + len(code) else -100 for i, label in enumerate(labels)]
+    if o.ntp_on == "code":  # the token in front of the answer predicts its first, the last one the end token
+        end_at = answer_at + len(code)
+        labels = [label if answer_at <= i + 1 <= end_at else -100 for i, label in enumerate(labels)]
     if not o.train_eos:
         labels = [-100 if label == f.end else label for label in labels]
     if o.reverse:
@@ -148,10 +151,10 @@ def render_views(example: Example, tokenizer: Tokenizer, o: ViewOptions = DEFAUL
     return Views(main, labels, openings[0] + views[0], preds, enc, o.pool)
 
 
-def own_tokenizer(examples: Iterable[Example], vocab_size: int, format: str = "auto") -> Tokenizer:
+def own_tokenizer(examples: Iterable[Example], vocab_size: int) -> Tokenizer:
     """Byte-level BPE, trained on their texts and codes."""
     ranks = train_bpe((said for e in examples for said in (e.text, e.code)), vocab_size)
-    return Tokenizer(ranks, format=format)
+    return Tokenizer(ranks)
 
 
 def fit(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len: int, on_long: str = "error",
@@ -213,39 +216,37 @@ def embedding_tokens(tokens: Sequence[int], pool: str) -> Sequence[int]:
 
 
 def lay_out(views: Views, has_views: bool = True) -> Tree:
-    """Main first, then what the two views add to it. A view that is a prefix of main costs nothing: main is
-    cut after it, and [PRED] becomes a second branch there; any other view is a root segment of its own."""
+    """Main first, then what the two views add to it. A view that is a prefix of main costs nothing (main is
+    cut after the one that predicts, and [PRED] becomes a second branch there); any other is a root segment of
+    its own."""
     tree = Tree([], list(views.labels), [], [], [])
 
-    def add(ids: list[int], parent: int | None = None, position: int = 0) -> int:
-        """Append a segment, a root if it has no parent; return its number."""
+    def add(ids: list[int], parent: int | None = None, position: int = 0) -> tuple[int, range]:
+        """Append a segment, a root if it has no parent; return its number and its tokens."""
         number = tree.segment[-1] + 1 if tree.segment else 0
+        tokens = range(len(tree.ids), len(tree.ids) + len(ids))
         tree.ids += ids
         tree.positions += range(position, position + len(ids))
         tree.segment += [number] * len(ids)
         tree.parent += [number if parent is None else parent] * len(ids)
-        return number
+        return number, tokens
 
     if not has_views:
         add(views.main)
         return tree
     n = len(views.stem)
     if views.stem == views.main[:n]:
-        stem = add(views.stem)
+        stem, stem_at = add(views.stem)
         add(views.main[n:], stem, n)
-        pred_at = [*range(n)]
     else:
         add(views.main)
-        stem = add(views.stem)
-        pred_at = [*range(len(tree.ids) - n, len(tree.ids))]
-    add(views.preds, stem, n)
-    pred_at += range(len(tree.ids) - len(views.preds), len(tree.ids))
-    end = len(views.enc)
-    if views.enc != views.main[:end]:
-        add(views.enc)
-        end = len(tree.ids)
-    tree.pred_at = embedding_tokens(pred_at, views.pool)
-    tree.enc_at = embedding_tokens(range(end - len(views.enc), end), views.pool)
+        stem, stem_at = add(views.stem)
+    _, preds_at = add(views.preds, stem, n)
+    enc_at = range(len(views.enc))
+    if views.enc != views.main[:len(views.enc)]:
+        _, enc_at = add(views.enc)
+    tree.pred_at = embedding_tokens([*stem_at, *preds_at], views.pool)
+    tree.enc_at = embedding_tokens(enc_at, views.pool)
     tree.labels += [-100] * (len(tree.ids) - len(tree.labels))
     return tree
 
@@ -260,14 +261,14 @@ class Batch:
     label_at: Tensor  # (M,) where labels is not -100
     main_at: Tensor  # (examples,) the first token of each example's main
     lengths: Tensor  # (examples,) tokens of main
-    pred_at: Tensor | None = None  # (N,) what embeds each view, see jepa_loss.gather; None: no views
-    enc_at: Tensor | None = None  # (N,)
+    pred_at: Tensor | None = None  # (N,) or (N, L) what embeds each view (jepa_loss.gather); None: no views
+    enc_at: Tensor | None = None  # the same
     tube_at: Tensor | None = None  # (3 or 4, examples), see jepa_loss.tube and patch
     n_tokens: int  # labels
     n_pairs: int  # examples, those without views included
     n_real: int  # tokens that are no pads
     n_visible: int  # (query, key) pairs among them that attention needs
-    for_target: tuple[int, int]  # n_real, n_visible of what a moving average goes over
+    for_ema: tuple[int, int]  # n_real, n_visible of what a moving average goes over
 
     def to(self, device: torch.device, wait: bool = False):
         """The same batch with its tensors on a device; to CUDA from pinned memory, without waiting for it."""
@@ -295,7 +296,7 @@ class FusedBatch(Batch):
     parent: Tensor | None  # (B, T)
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """(B, longest), filled up on the right."""
     out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for row, ids in zip(out, rows, strict=True):
@@ -307,7 +308,7 @@ def positions_at(tokens: list[Sequence[int]]) -> Tensor | None:
     """What jepa_loss.gather takes: (N,) if there is one token each, else (N, most), filled up with -1."""
     if not tokens:
         return None
-    at = pad([list(each) for each in tokens], -1)
+    at = pad(tokens, -1)
     return at[:, 0] if at.shape[1] == 1 else at
 
 
@@ -343,7 +344,7 @@ def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePass
         main_at=torch.arange(len(mains)) * labels.shape[1], lengths=torch.tensor(lengths[:len(mains)]),
         pred_ids=pred_ids, pred_at=pred_at, enc_ids=enc_ids, enc_at=enc_at, n_tokens=len(label_at),
         n_pairs=len(examples), n_real=sum(lengths), n_visible=causal(lengths),
-        for_target=(sum(of_encs), causal(of_encs)))
+        for_ema=(sum(of_encs), causal(of_encs)))
 
 
 def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int = 0) -> FusedBatch:
@@ -379,7 +380,7 @@ def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int
         main_at=torch.from_numpy(main_at), lengths=torch.tensor([len(v.main) for v in examples]),
         pred_at=positions_at(pred_at), enc_at=positions_at(enc_at),
         n_tokens=len(label_at), n_pairs=len(examples), n_real=sum(lengths),
-        n_visible=n_visible, for_target=(sum(lengths), n_visible) if any(has_views) else (0, 0))
+        n_visible=n_visible, for_ema=(sum(lengths), n_visible) if any(has_views) else (0, 0))
 
 
 def tube_positions(batch: Batch, draws: np.ndarray, form: str = "paper") -> Tensor:
@@ -412,16 +413,16 @@ def collate_share(collate: Callable, views: list[Views], has_views: Sequence[boo
     batch, pad = collate([*views, PAD], [*has_views, need]), collate([PAD], [need])
     return replace(batch, main_at=batch.main_at[:-1], lengths=batch.lengths[:-1], n_pairs=len(views),
                    n_real=batch.n_real - pad.n_real, n_visible=batch.n_visible - pad.n_visible,
-                   for_target=tuple(a - b for a, b in zip(batch.for_target, pad.for_target, strict=True)),
+                   for_ema=tuple(a - b for a, b in zip(batch.for_ema, pad.for_ema, strict=True)),
                    pred_at=batch.pred_at[:0] if need else None, enc_at=batch.enc_at[:0] if need else None)
 
 
-def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
+def micro_batches(c, rendered: Callable[[int], Views], sampler: Sampler, step: int,
                   shape: Shape | None = None) -> list[Batch]:
     """This rank's share of a step's examples, collated in groups of at most --micro_batch. Examples that loss
     dropout leaves without views stand apart, where a row is one example: they are shorter, and need no mask.
 
-    c: train.Config; views(i): example i rendered; shape: fill up to it
+    c: train.Config; rendered(i): example i; shape: fill up to it
     """
     indices = sampler.indices(step)
     n = len(indices)
@@ -430,7 +431,8 @@ def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
         has_views[:] = False
     draws = np.random.default_rng([c.seed, step, 3]).random((n, 3))
     size, batches = (c.micro_batch or n) * distributed.world, []
-    for group in (np.arange(start, min(start + size, n)) for start in range(0, n, size)):  # of all ranks
+    # places in the step, of all ranks; indices[place] is the example
+    for group in (np.arange(start, min(start + size, n)) for start in range(0, n, size)):
         parts, collate = [group], partial(collate_fused, row_len=c.row_len)
         if c.passes == "three":
             collate = collate_three
@@ -438,7 +440,7 @@ def micro_batches(c, views: Callable[[int], Views], sampler: Sampler, step: int,
             parts = [part for part in (group[has_views[group]], group[~has_views[group]]) if len(part)]
         for part in parts:
             mine = part[part % distributed.world == distributed.rank]
-            batch = collate_share(collate, [views(int(indices[i])) for i in mine], has_views[mine],
+            batch = collate_share(collate, [rendered(int(indices[i])) for i in mine], has_views[mine],
                                   any(has_views[part]))
             batch = pad_to(batch, shape) if shape else batch
             batch.tube_at = tube_positions(batch, draws[mine], c.stp_form) if c.stp else None
@@ -471,13 +473,13 @@ def picture(batch: FusedBatch, tokenizer: Tokenizer, row: int = 0, colour: bool 
 class ShowOptions(ViewOptions):
     command: Literal["show", "download"] = opt("", "print one pair, or fetch a dataset and check it")
     name: str = opt("", f"{', '.join(PUBLISHED)}; show: or the path of a .jsonl file")
-    data_dir: str = opt("data", "where the published files are")
+    data_dir: str = opt("data", "where the published files are", needs="name!=*.jsonl")
     base_url: str = opt("", "a mirror of the published files", needs="command=download")
     index: int = opt(0, "which training example", low=0, needs="command=show")
     vocab_size: int = opt(512, "of a tokenizer of the train split's own", low=256,
                           needs="command=show !init_from")
     init_from: str = opt("", "a model folder, for its tokenizer", needs="command=show")
-    format: Literal[FORMATS] = opt("auto", "of conversations", needs="command=show")
+    format: Literal[FORMATS] = opt("auto", "of conversations", needs="init_from")
     backend: Literal[BACKENDS] = opt("auto", "see train.py", needs="init_from")
     png: str = opt("", "draw segments and attention into this file", needs="command=show")
 
@@ -492,7 +494,7 @@ def show(o: ShowOptions) -> None:
     if o.init_from:
         tokenizer = load_tokenizer(o.init_from, format=o.format, backend=o.backend)
     else:
-        tokenizer = own_tokenizer(train, o.vocab_size, o.format)
+        tokenizer = own_tokenizer(train, o.vocab_size)
     batch = collate_fused([render_views(example, tokenizer, o)], [True])
     print(printable(f"{example.where} ({source})\ntext: {example.text}\ncode: {example.code}\n", keep="\t\n"))
     print(picture(batch, tokenizer, colour=sys.stdout.isatty()))
@@ -505,9 +507,11 @@ def show(o: ShowOptions) -> None:
 def main() -> None:
     o = parse_options(ShowOptions, description=__doc__, positional=("command", "name"))
     if o.command == "show":
-        show(o)
-    else:
-        download(o.name, o.data_dir, o.base_url)
+        return show(o)
+    for f in fields(ViewOptions):
+        if getattr(o, f.name) != f.default:
+            raise BadInput(f"--{f.name} has no effect with download")
+    download(o.name, o.data_dir, o.base_url)
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def read_model(folder: str | Path, backend: str, format: str, trust_remote_code:
     if Path(folder, "run.json").exists() and not Path(folder, "eval.json").exists():
         raise BadInput(f"{folder}: training is not finished; start the same train.py command again to go on")
     if uses_transformers(folder, backend):
-        model = HFModel.from_pretrained(folder, torch.float32, Predictor, trust_remote_code)
+        model = HFModel.from_pretrained(folder, Predictor, trust_remote_code)
         for weight in model.parameters():  # and no buffer: rotary frequencies stay as they are
             weight.data = weight.data.to(dtype or torch.float32)
     else:

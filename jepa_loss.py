@@ -17,7 +17,8 @@ But, unlike the paper's text:
 - Text is a prefix of "Text, Code", so in the fused pass Enc(Text) costs nothing, and [PRED] continues it in
   place. (Where main begins with a system turn it is not, and Text is a segment of its own.)
 
-`model` is any callable `model(ids, positions, mask) -> hidden` with `model.head(hidden) -> logits`.
+`model` is any callable `model(ids, positions=None, mask=None) -> hidden` with `model.head(hidden) -> logits`;
+where it has an `embed_layer` or a `predictor` (model.Transformer), they are used.
 Letters: B rows, T tokens in a row, C width, V vocabulary, k predictor tokens, N pairs (Text, Code), M labels.
 """
 from collections.abc import Callable
@@ -27,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-Terms = dict[str, tuple[Tensor, int]]  # name -> (sum over a batch, what to divide it by)
+# name -> (sum over a batch, what to divide it by; a step adds that of all its batches, train.count_step)
+Terms = dict[str, tuple[Tensor, int]]
 
 
 def total_loss(terms: Terms, counts: dict[str, int], weights: dict[str, float]) -> Tensor:
@@ -64,7 +66,8 @@ def ntp(head: Callable, hidden: Tensor, labels: Tensor, label_at: Tensor) -> Ten
     return F.cross_entropy(logits, labels.flatten()[label_at], reduction="sum")
 
 
-# d(pred, enc), each (N, C) -> (N,). Gradients flow into both: no stop-gradient, no EMA teacher.
+# d(pred, enc), each (N, C) -> (N,). Gradients flow into both: no stop-gradient, no EMA teacher (--target
+# brings either).
 
 def cosine(pred: Tensor, enc: Tensor) -> Tensor:
     """1 - cos(pred, enc): the paper's choice."""
@@ -183,7 +186,7 @@ def pair_terms(model: Callable, pred: Tensor, enc: Tensor | None, target: Tensor
         if distance is not None:
             terms["jepa"] = distance(pred, target).sum(), n_pairs
         if regulariser is not None:
-            terms["reg"] = regulariser(pred, enc) * n_pairs, n_pairs
+            terms["reg"] = regulariser(pred, enc) * n_pairs, n_pairs  # r is no sum; divided, it is r again
     return terms
 
 
@@ -195,8 +198,8 @@ def three_pass(model: Callable, batch, distance: Callable | None = cosine,
     target of d instead of `model` itself, without a gradient.
 
     ids, labels (B, T)            <|begin|> TEXT <|sep|> CODE <|end|>; label_at: see ntp
-    pred_ids (N, T'), pred_at     <|begin|> TEXT [PRED]*k, and the last token of each
-    enc_ids (N, T''), enc_at      <|begin|> CODE, and the last token of each
+    pred_ids (N, T'), pred_at     <|begin|> TEXT [PRED]*k, and the last token of each, or all (see gather)
+    enc_ids (N, T''), enc_at      <|begin|> CODE, and the same
     """
     terms = main_terms(model, model(batch.ids), batch)
     if batch.pred_ids is not None:  # None: no term needs views, or loss dropout took all
@@ -246,9 +249,9 @@ def fused(model: Callable, batch, distance: Callable | None = cosine, regularise
     """The terms from one forward (data.FusedBatch): equal to `three_pass`, values and gradients. (With ema
     from two: that model goes over the same rows, without a gradient.)
 
-    ids, labels, positions, segment, parent (B, T); label_at (M,): see ntp; pred_at, enc_at (N,): the last
-    token of each view, flat. Without views (segment None) a row is one example and plainly causal.
-    masking: dense_mask or flex_mask.
+    ids, labels, positions, segment, parent (B, T); label_at (M,): see ntp; pred_at, enc_at: the last
+    token of each view, or all (see gather). Without views (segment None) a row is one example and plainly
+    causal. masking: dense_mask or flex_mask.
     """
     mask = None if batch.segment is None else masking(batch.segment, batch.parent)
     hidden, embedded = encode(model, batch.ids, batch.positions, mask)  # (B, T, C)

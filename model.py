@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from support.checkpoint import load_folder, save_folder
-from support.lora import Projection
+from support.lora import Projection  # nn.Linear without bias; with --lora_rank also an adapter
 
 
 @dataclass
@@ -101,7 +101,8 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (B, K, T, D) after the earlier ones; return all keys and values (2, B, K, S, D)."""
+        """Store k and v (B, K, T, D) after the earlier ones; return all keys and values (2, B, K, S, D). The
+        model moves `length` on after its last layer."""
         start, end = self.length, self.length + k.shape[2]
         if end > self.stored.shape[4]:
             self.stored = F.pad(self.stored, (0, 0, 0, -end % 64 + end - self.stored.shape[4]))
@@ -187,7 +188,7 @@ class Block(nn.Module):
 
 
 class Predictor(nn.Module):
-    """A learned head for the embedding that predicts: W x + b ("linear"), or x + V gelu(W x + b) ("mlp"). It
+    """A learned head for the embedding that predicts: W x + b ("linear"), or x + U gelu(W x + b) ("mlp"). It
     begins as the identity."""
 
     def __init__(self, dim: int, kind: str, generator: torch.Generator):
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            empty = torch.empty(config.vocab_size, config.dim)  # passed on, or nn.Embedding would draw it
+            empty = torch.empty(config.vocab_size, config.dim)  # for nn.Embedding to draw it takes seconds
             self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -230,7 +231,7 @@ class Transformer(nn.Module):
         if seed is not None:
             self.to_empty(device="cpu")
             self.init_weights(seed)
-            self.add_predictors(k, seed)
+            self.add_pred_rows(k, seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -245,14 +246,14 @@ class Transformer(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
                 weight.normal_(0.0, std, generator=generator)
 
-    def add_predictors(self, k: int, seed: int) -> None:
+    def add_pred_rows(self, k: int, seed: int) -> None:
         """Give the model k new [PRED] rows in place of those that it has."""
         generator = torch.Generator().manual_seed(seed + 1)
         rows = torch.empty(k, self.config.dim).normal_(0.0, 0.02, generator=generator)
         self.pred_embedding = nn.Parameter(rows) if k else None
 
     def add_predictor(self, kind: str, seed: int) -> None:
-        """A learned head "linear" or "mlp" in place of the one that there is."""
+        """Give the model a Predictor, "linear" or "mlp", in place of the one that it has."""
         generator = torch.Generator().manual_seed(seed + 3)
         self.predictor = Predictor(self.config.dim, kind, generator)
 
@@ -314,7 +315,7 @@ class Transformer(nn.Module):
             6 (4 if frozen) * C * V  per token with a label: the head
 
         backward=False: of a forward pass alone, 2, 4 and 2 instead. A target without gradient (--target
-        stopgrad) counts as if it had one.
+        stopgrad) counts as if it had one; a Predictor is not counted.
         """
         def per(weight: Tensor) -> int:
             return 2 if not backward else 6 if weight.requires_grad else 4

@@ -9,10 +9,10 @@
     torchrun --nproc_per_node 2 train.py --dataset nlrx_synth   the same losses from two processes
 
 A run folder holds run.json (settings, data, versions), metrics.jsonl (an object per logged step: every term
-of the loss, unweighted; `tokens` counts next-token targets only), state.pt (the last checkpoint), and at the
-end the model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM leave a checkpoint. The same
-command started again goes on where the last one left it, and ends with the same weights, bit for bit on a
-CPU: nothing in a run depends on anything but (seed, step).
+of the loss, unweighted; `tokens` counts next-token targets only; and one per score on the way), state.pt (the
+last checkpoint), and at the end the model as a Hugging Face folder has it and eval.json. Ctrl-C and SIGTERM
+leave a checkpoint. The same command started again goes on where the last one left it, and ends with the same
+weights, bit for bit on a CPU: nothing in a run depends on anything but (seed, step).
 """
 import copy
 import json
@@ -21,7 +21,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -31,8 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import RunOptions, Sampler, fit_splits, load, micro_batches, of_data, of_views, own_tokenizer
-from data import render_views
+from data import RunOptions, fit_splits, load, micro_batches, of_data, of_views, own_tokenizer, render_views
 from eval import default_max_new_tokens, evaluate, read_model
 from jepa_loss import DISTANCES, REGULARISERS, Terms, dense_mask, flex_mask, fused, stop_gradient
 from jepa_loss import three_pass, total_loss
@@ -44,7 +43,7 @@ from support.files import BadInput, interrupts, main_guard, printable, sha256, w
 from support.lora import add_lora, merge_lora
 from support.runs import Run, git_commit, read_run, read_score, run_summary, trainable
 from support.settings import fill, opt, parse, problems, raise_problems, run_name
-from support.speed import forward_dtype, largest_shape, prefetch
+from support.speed import Sampler, forward_dtype, largest_shape, prefetch
 from support.tables import brief, table
 from support.tokenizer import CARRIED, Tokenizer
 from tasks.datasets import Dataset, Example
@@ -285,7 +284,7 @@ def count_step(c: Config, model: Transformer, batches: list) -> tuple[dict, int,
     """What the sums of a step's terms are divided by, its examples, and the FLOPs it needs, of all ranks."""
     flops = sum(model.flops(b.n_real, b.n_visible, b.n_tokens) for b in batches)
     if c.target == "ema":
-        flops += sum(model.flops(*b.for_target, 0, backward=False) for b in batches)
+        flops += sum(model.flops(*b.for_ema, 0, backward=False) for b in batches)
     n_tokens, n_pairs, flops = distributed.total([
         sum(b.n_tokens for b in batches), sum(b.n_pairs for b in batches), flops])
     return {name: n_tokens if name == "ntp" else n_pairs for name in weights_of_terms(c)}, n_pairs, flops
@@ -315,7 +314,7 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     else:
         model, tokenizer = read_model(c.init_from, c.backend, c.format, c.trust_remote_code, dtype=None)
     if len(model.pred_embedding if model.pred_embedding is not None else ()) != c.k:
-        model.add_predictors(c.k, c.seed)
+        model.add_pred_rows(c.k, c.seed)
     if c.predictor == "tokens":
         model.predictor = None
     elif model.predictor is None or (model.predictor.out is None) != (c.predictor == "linear"):
@@ -330,20 +329,25 @@ def make_model(c: Config, data: Dataset) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
+def name_of_base(init_from: str) -> str:
+    """The run that --init_from is, by its settings without the seed; empty if it is none."""
+    path = Path(init_from, "run.json")
+    if not init_from or not path.exists():
+        return ""
+    stored = read_run(init_from)
+    theirs = fill(Config, stored["config"], FORMER, path) | {"seed": Config.seed}
+    theirs["init_from"] = stored.get("init_run") or theirs["init_from"]  # by its settings, too
+    known = {f.name: theirs.pop(f.name) for f in fields(Config)}
+    return run_name(Config(**known), {}) + "".join(f"-{name}{x}" for name, x in theirs.items())
+
+
 def describe_run(c: Config, data: Dataset, device: torch.device, max_new_tokens: int) -> dict:
     """What run.json is to hold."""
     base = [path for path in sorted(Path(c.init_from).iterdir()) if path.suffix == ".safetensors"
             or path.suffix == ".py" and c.trust_remote_code
             or path.name in ("config.json", *CARRIED)] if c.init_from else []
-    base_run = ""  # the run that --init_from is, by its settings without the seed
-    if c.init_from and Path(c.init_from, "run.json").exists():
-        stored = read_run(c.init_from)
-        theirs = fill(Config, stored["config"], FORMER, Path(c.init_from, "run.json")) | {"seed": Config.seed}
-        theirs["init_from"] = stored.get("init_run") or theirs["init_from"]  # whose seed is left out, too
-        base_run = run_name(Config(**{name: theirs.pop(name) for name in asdict(c)}), {})
-        base_run += "".join(f"-{name}{value}" for name, value in theirs.items())  # of an older version
     return {"config": asdict(c), "source": data.source, "files": data.files,
-            "init": {str(path): sha256(path) for path in base}, "init_run": base_run,
+            "init": {str(path): sha256(path) for path in base}, "init_run": name_of_base(c.init_from),
             "dtype": forward_dtype(c.dtype, device), "system": data.train[0].system,
             "max_new_tokens": max_new_tokens, "device": str(device), "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
@@ -421,15 +425,15 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
     start, seen = run.restore(model, optimizer, first, ema)
     step_terms, make = compile_step(c, step_terms, partial(micro_batches, c, views, sampler),
                                     an_epoch if c.max_flops else total)
-    whole, unit = (c.max_flops, "FLOP") if c.max_flops else (total, "step")
+    budget, unit = (c.max_flops, "FLOP") if c.max_flops else (total, "step")
     print(f"{model.n_params():,} parameters ({sum(w.numel() for w in params.values()):,} trained), "
-          f"{len(data.train)} examples in format {tokenizer.format.name}, {whole:.12g} {unit}s on "
+          f"{len(data.train)} examples in format {tokenizer.format.name}, {budget:.12g} {unit}s on "
           f"{distributed.world} x {device} in {dtype}; run folder {run.folder}"
           f"{f', from step {start}' if start else ''}", flush=True)
 
     steps, logged, saved = range(start, total), seen, start
     batches_of_steps = prefetch(make, steps) if c.prefetch else map(make, steps)
-    bar = tqdm(total=whole, initial=seen["flops"] if c.max_flops else start, unit=unit, dynamic_ncols=True,
+    bar = tqdm(total=budget, initial=seen["flops"] if c.max_flops else start, unit=unit, dynamic_ncols=True,
                unit_scale=bool(c.max_flops), disable=distributed.rank > 0 or None)
     began = time.perf_counter() - seen["seconds"]
     with interrupts.deferred(), bar:
@@ -442,7 +446,7 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
             counts, examples, flops = count_step(c, model, batches)
             before = seen["flops"] if c.max_flops else step
             after = before + (flops if c.max_flops else 1)
-            lr, weights = lr_at(before, after, whole, c), weights_of_terms(c, before / whole)
+            lr, weights = lr_at(before, after, budget, c), weights_of_terms(c, before / budget)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(step_seed(c.seed, step) + distributed.rank)  # of dropout and of sigreg
@@ -460,7 +464,7 @@ def training_loop(c: Config, run: Run, model: Transformer, tokenizer: Tokenizer,
             done = step + 1
             seen = {"examples": seen["examples"] + examples, "tokens": seen["tokens"] + counts["ntp"],
                     "flops": seen["flops"] + flops, "seconds": time.perf_counter() - began}
-            last = after >= whole
+            last = after >= budget
             row = {"step": done, "epoch": done / an_epoch, **seen}
             bar.update(after - before)
             if done % c.log_every == 0 or done % every == 0 or done % an_epoch == 0 or last:

@@ -138,9 +138,7 @@ def read_text(path: str | Path, most: int) -> str:
 def digest_of(path: str | Path, digest) -> str:
     """A file's content, added to one of hashlib's digests, in hex."""
     with open(regular(path), "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -60,7 +60,7 @@ class HFModel(nn.Module):
         self.embed_layer, self.recompute = -1, False
         self.code = []  # files of Python in the folder, with --trust_remote_code
 
-    def add_predictors(self, k: int, seed: int) -> None:
+    def add_pred_rows(self, k: int, seed: int) -> None:
         """k new [PRED] rows, the same that model.Transformer draws."""
         generator = torch.Generator().manual_seed(seed + 1)
         rows = torch.empty(k, self.config.dim).normal_(0.0, 0.02, generator=generator)
@@ -189,10 +189,10 @@ class HFModel(nn.Module):
         save_tensors(Path(folder), own)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
-                        make_predictor: Callable | None = None, trust_remote_code: bool = False) -> "HFModel":
-        """The model of a folder, from safetensors alone, checked. dtype: of the weights; None: as stored.
-        trust_remote_code: run the Python files of the folder. BadInput names what is wrong."""
+    def from_pretrained(cls, folder: str | Path, make_predictor: Callable,
+                        trust_remote_code: bool = False) -> "HFModel":
+        """The model of a folder in float32, from safetensors alone, checked. trust_remote_code: run the
+        Python files of the folder. BadInput names what is wrong."""
         config = read_json(Path(folder) / "config.json")
         kind = config.get("model_type")
         if config.get("quantization_config"):
@@ -203,7 +203,7 @@ class HFModel(nn.Module):
             path.is_dir() or regular(path)
         try:
             lm, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True,
                 trust_remote_code=trust_remote_code, output_loading_info=True)
         except Exception as error:  # the library raises a dozen kinds
             raise BadInput(f"{folder}: transformers cannot load it ({brief(error)})") from None
@@ -217,6 +217,6 @@ class HFModel(nn.Module):
         lm.generation_config = transformers.GenerationConfig()  # the folder's own file is carried unchanged
         model = cls(lm, make_predictor)
         model.code = sorted(Path(folder).glob("*.py")) if trust_remote_code else []
-        load_extras(model, Path(folder), dtype, model.config.dim)
+        load_extras(model, Path(folder), torch.float32, model.config.dim)
         check(model.eval(), f"{folder}: {kind}")
         return model.train()

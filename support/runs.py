@@ -287,5 +287,6 @@ def load_parts(model: nn.Module, weights: dict[str, Tensor], strict: bool) -> No
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, and so what a checkpoint holds: everything, or with LoRA the adapters and [PRED]."""
+    """What is trained, and so what a checkpoint holds: everything, or with LoRA the adapters, [PRED] and the
+    predictor."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

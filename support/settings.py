@@ -5,7 +5,7 @@
         lam: float = opt(1.0, "weight of the JEPA loss", group="objective", low=0)
         k: int = opt(1, "predictor tokens; 0: none", group="objective", low=0, needs="lam")
 
-    c = parse(Config)       # --lam 2 --k 3; "--k has no effect with --lam 0"
+    c = parse_options(Config)       # --lam 2 --k 3; "--k has no effect with --lam 0"
 
 A setting is declared once, here and nowhere else. A new one with a default changes nothing about older runs:
 `fill` completes what they have stored.

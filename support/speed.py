@@ -3,7 +3,7 @@
 A batch is a dataclass of tensors: (B, T) with B rows of T tokens, or flat positions, row * T + column, whose
 names end in _at.
 """
-import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,11 @@ from torch import Tensor
 def product_seconds(dtype: torch.dtype) -> float:
     """A matrix product on one thread of the CPU: the fastest of fifty short ones, which other work seldom
     interrupts."""
-    x, times, n = torch.ones(256, 256, dtype=dtype), [], torch.get_num_threads()
+    x, n = torch.ones(256, 256, dtype=dtype), torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(50):
-        began = time.perf_counter()
-        x @ x
-        times.append(time.perf_counter() - began)
+    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=50))
     torch.set_num_threads(n)
-    return min(times)
+    return seconds
 
 
 def forward_dtype(name: str, device: torch.device) -> str:

@@ -38,7 +38,7 @@ def both_backends(folder: Path, examples: list) -> None:
     results = []
     for backend in ("ours", "transformers"):
         model, tokenizer = read_model(folder, backend, "auto")
-        model.add_predictors(1, seed=0)
+        model.add_pred_rows(1, seed=0)
         views = [render_views(e, tokenizer) for e in examples]
         terms = fused(model, collate_fused(views, [True] * len(views)))
         counts = {name: count for name, (_, count) in terms.items()}

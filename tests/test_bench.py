@@ -52,10 +52,10 @@ def test_what_a_batch_counts(tokenizer, examples, row_len):
     assert three.n_real == sum(rows)
     assert three.n_visible == sum(int(torch.ones(n, n).tril().sum()) for n in rows)
     codes = [len(v.enc) for v, kept in zip(views, keep, strict=True) if kept]
-    assert three.for_target == (sum(codes), sum(n * (n + 1) // 2 for n in codes))
-    assert batch.for_target == (batch.n_real, batch.n_visible)
-    assert collate_three(views, [False] * 5).for_target == (0, 0)
-    assert collate_fused(views, [False] * 5, row_len).for_target == (0, 0)
+    assert three.for_ema == (sum(codes), sum(n * (n + 1) // 2 for n in codes))
+    assert batch.for_ema == (batch.n_real, batch.n_visible)
+    assert collate_three(views, [False] * 5).for_ema == (0, 0)
+    assert collate_fused(views, [False] * 5, row_len).for_ema == (0, 0)
 
 
 def test_a_small_bench(tmp_path, monkeypatch, capsys):

@@ -56,8 +56,8 @@ def family(kind, folder, **shape):
 
 
 def loaded(folder, dtype=torch.float64, k=2):
-    model = HFModel.from_pretrained(folder, torch.float32, Predictor).to(dtype).eval()
-    model.add_predictors(k, seed=1)
+    model = HFModel.from_pretrained(folder, Predictor).to(dtype).eval()
+    model.add_pred_rows(k, seed=1)
     return model.to(dtype)
 
 
