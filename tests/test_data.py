@@ -271,8 +271,8 @@ def test_prefetch():
 
 def test_show_command(tmp_path, monkeypatch, capsys):
     """The program, as a user starts it; a mistake is one line and status 2."""
-    def show(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data.py", "show", *map(str, arguments)])
+    def show(*arguments, command="show"):
+        monkeypatch.setattr(sys, "argv", ["data.py", command, *map(str, arguments)])
         runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
     (tmp_path / "a.jsonl").write_text('{"text": "ab", "code": "x"}\n' * 10)
     show(tmp_path / "a.jsonl", "--k", 2)
@@ -288,7 +288,12 @@ def test_show_command(tmp_path, monkeypatch, capsys):
                                        "pip install -r requirements-lesson.txt\n")
     for arguments, message in (
             (["none.jsonl"], "none.jsonl: no such file"),
-            ([tmp_path / "a.jsonl", "--index", 10], "--index 10: there are 10 training examples")):
+            ([tmp_path / "a.jsonl", "--index", 10], "--index 10: there are 10 training examples"),
+            (["a.jsonl", "--data_dir", "b"], "--data_dir has no effect with --name a.jsonl"),
+            (["nlrx_synth", "--format", "plain"], "--format has no effect without --init_from")):
         with pytest.raises(SystemExit) as status:
             show(*arguments)
         assert status.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
+    with pytest.raises(SystemExit):
+        show("nlrx_synth", "--k", 3, command="download")
+    assert capsys.readouterr().err == "error: --k has no effect with download\n"
