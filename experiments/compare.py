@@ -84,7 +84,7 @@ def settings_of(result: dict) -> dict:
     left_out |= {f.name for f in fields(train.Config) if idle(f, as_config)}
     config |= {"dtype": result["dtype"]}
     settings = {name: config[name] for name in ("lam", *sorted(config)) if name not in left_out}
-    return settings | {"init_from": result.get("init_run") or str(result["init"])}
+    return settings | {"init_from": str(result.get("init_run") or result["init"])}
 
 
 def variants_of(results: dict[str, dict]) -> list[Variant]:
