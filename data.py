@@ -193,6 +193,11 @@ def fit_splits(data: Dataset, *arguments) -> np.ndarray:
 
 # ---- one pair: its tree of segments ------------------------------------------------------------------------
 
+def causal(lengths: Iterable[int]) -> int:
+    """How many (query, key) pairs causal attention shows in rows of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
 @dataclass
 class Tree:
     """One pair as a row of segments, numbered from 0; pred_at, enc_at: the tokens that embed each view."""
@@ -207,7 +212,7 @@ class Tree:
     def n_visible(self) -> int:
         """How many (query, key) pairs jepa_loss.visible shows."""
         parents, n = dict(zip(self.segment, self.parent, strict=True)), Counter(self.segment)
-        return sum(n[s] * (n[s] + 1) // 2 + (n[s] * n[p] if p != s else 0) for s, p in parents.items())
+        return causal(n.values()) + sum(n[s] * n[p] for s, p in parents.items() if p != s)
 
 
 def embedding_tokens(tokens: Sequence[int], pool: str) -> Sequence[int]:
@@ -317,11 +322,6 @@ def labelled(labels: Tensor) -> Tensor:
     return (labels.flatten() != -100).nonzero().squeeze(1)
 
 
-def causal(lengths: Sequence[int]) -> int:
-    """How many (query, key) pairs causal attention shows in rows of these lengths."""
-    return sum(n * (n + 1) // 2 for n in lengths)
-
-
 def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePassBatch:
     """has_views: False where loss dropout took them away, or no term needs them. Pads are 0: causal attention
     and labels keep them out, whatever their id."""
@@ -338,13 +338,14 @@ def collate_three(examples: list[Views], has_views: Sequence[bool]) -> ThreePass
     with_views = [v for v, has in zip(examples, has_views, strict=True) if has]
     preds, encs = [v.stem + v.preds for v in with_views], [v.enc for v in with_views]
     (pred_ids, pred_at), (enc_ids, enc_at) = padded(preds), padded(encs)
-    label_at, lengths, of_encs = labelled(labels), [*map(len, mains + preds + encs)], [*map(len, encs)]
+    label_at, lengths = labelled(labels), [len(row) for row in mains + preds + encs]
+    enc_lengths = lengths[len(lengths) - len(encs):]
     return ThreePassBatch(
         ids=pad(mains, 0), labels=labels, label_at=label_at,
         main_at=torch.arange(len(mains)) * labels.shape[1], lengths=torch.tensor(lengths[:len(mains)]),
         pred_ids=pred_ids, pred_at=pred_at, enc_ids=enc_ids, enc_at=enc_at, n_tokens=len(label_at),
         n_pairs=len(examples), n_real=sum(lengths), n_visible=causal(lengths),
-        for_ema=(sum(of_encs), causal(of_encs)))
+        for_ema=(sum(enc_lengths), causal(enc_lengths)))
 
 
 def collate_fused(examples: list[Views], has_views: Sequence[bool], row_len: int = 0) -> FusedBatch:

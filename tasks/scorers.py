@@ -22,12 +22,16 @@ from tasks.datasets import Dataset
 def same_language(answer: str, text: str, code: str) -> bool | None:
     """NL-RX: do both regexes describe the same strings? None if regexes.py cannot tell within its bounds, or
     cannot read the target. An answer that does not parse is wrong."""
-    for regex, verdict in ((code, None), (answer, False)):
-        try:
-            regexes.parse(regex)
-        except ValueError:
-            return verdict
-    return answer != "" and regexes.equal(answer, code).equal
+    try:
+        equal = regexes.equal(answer, code).equal
+        return answer != "" and equal
+    except ValueError:
+        pass  # one of the two does not parse
+    try:
+        regexes.parse(code)
+        return False
+    except ValueError:
+        return None
 
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
